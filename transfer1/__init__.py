@@ -1,0 +1,1 @@
+"""transfer1: training of a controllable video world model."""

@@ -1,0 +1,1 @@
+"""The diffusion process: noise levels, conditions, tokenizers and samplers."""
