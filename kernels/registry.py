@@ -1,7 +1,7 @@
 """The table of ops: one record per op, resolved once into a frozen set of callables.
 
-Every op has a readable PyTorch reference, which is its specification. `compile` is `torch.compile` of
-that reference; `triton` is a hand-written kernel, imported only when it is chosen. Models and
+Every op has a readable PyTorch reference, which is its specification. `compile` is `torch.compile`
+of that reference; `triton` is a hand-written kernel, imported only when it is chosen. Models and
 optimizers receive the resolved `Ops` as an argument and never know which backend they run on.
 """
 
@@ -49,7 +49,7 @@ class Op:
         if backend == "compile":
             if not has_cpp_compiler():
                 raise ValueError(
-                    f"kernels.{self.name}=compile needs a C++ compiler (g++ or clang++) on the PATH; "
+                    f"kernels.{self.name}=compile needs a C++ compiler (g++, clang++) on the PATH; "
                     f"install one or set kernels.{self.name}=reference"
                 )
             return torch.compile(self.reference)
@@ -114,7 +114,9 @@ def select(default: str = "auto", device: str = "cpu", **per_op: str | None) -> 
     """
     unknown = sorted(set(per_op) - set(OPS))
     if unknown:
-        raise ValueError(f"kernels: unknown op {', '.join(unknown)}; ops are {', '.join(sorted(OPS))}")
+        raise ValueError(
+            f"kernels: unknown op {', '.join(unknown)}; ops are {', '.join(sorted(OPS))}"
+        )
     if default not in BACKENDS:
         raise ValueError(f"kernels={default}: choose one of {', '.join(BACKENDS)}")
     table = {}

@@ -1,0 +1,209 @@
+"""The fused adaLN-modulated attention: five ops that make up a transformer block.
+
+Letters: B batch, L tokens, M context tokens, D width, N heads, K head size, R = K / 2 rotary pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..registry import Op, register
+from . import reference
+
+EPS = 1e-6
+
+
+def _leaf(*shape: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, device=device).requires_grad_()
+
+
+def _modulation(
+    B: int, D: int, dtype: torch.dtype, device: torch.device | str | None
+) -> dict[str, Tensor]:
+    """Shift, scale and gate as the model has them: chunks of one projection, row stride 3 * D."""
+    projected = 0.5 * torch.randn(B, 3 * D, dtype=dtype, device=device)
+    names = ("shift_BD", "scale_BD", "gate_BD")
+    chunks = projected.chunk(3, dim=-1)
+    return {name: chunk.requires_grad_() for name, chunk in zip(names, chunks, strict=True)}
+
+
+def adaln_modulate_inputs(
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    B: int = 2,
+    L: int = 77,
+    D: int = 96,
+    position: bool = True,
+) -> dict[str, Any]:
+    """Tokens that open a block, with or without the positional embedding of every block."""
+    modulation = _modulation(B, D, dtype, device)
+    return {
+        "x_BLD": _leaf(B, L, D, dtype=dtype, device=device),
+        "shift_BD": modulation["shift_BD"],
+        "scale_BD": modulation["scale_BD"],
+        "eps": EPS,
+        "position_LD": _leaf(L, D, dtype=dtype, device=device) if position else None,
+    }
+
+
+def residual_adaln_modulate_inputs(
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    B: int = 2,
+    L: int = 77,
+    D: int = 96,
+) -> dict[str, Any]:
+    """A sublayer's output on its way into the next; gate, shift, scale of two projections."""
+    before, after = (_modulation(B, D, dtype, device) for _ in range(2))
+    return {
+        "x_BLD": _leaf(B, L, D, dtype=dtype, device=device),
+        "y_BLD": _leaf(B, L, D, dtype=dtype, device=device),
+        "gate_BD": before["gate_BD"],
+        "shift_BD": after["shift_BD"],
+        "scale_BD": after["scale_BD"],
+        "eps": EPS,
+    }
+
+
+def gated_residual_inputs(
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    B: int = 2,
+    L: int = 77,
+    D: int = 96,
+    addend: bool = True,
+) -> dict[str, Any]:
+    """The end of a block, with or without a control residual."""
+    return {
+        "x_BLD": _leaf(B, L, D, dtype=dtype, device=device),
+        "y_BLD": _leaf(B, L, D, dtype=dtype, device=device),
+        "gate_BD": _modulation(B, D, dtype, device)["gate_BD"],
+        "addend_BLD": _leaf(B, L, D, dtype=dtype, device=device) if addend else None,
+    }
+
+
+def qk_norm_rope_inputs(
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    B: int = 2,
+    L: int = 77,
+    M: int | None = None,
+    N: int = 3,
+    K: int = 32,
+) -> dict[str, Any]:
+    """Heads of self-attention with positions; with M, of cross-attention without."""
+    angles_LR = torch.randn(L, K // 2, device=device) * 10
+    rope_2LR = torch.stack([angles_LR.cos(), angles_LR.sin()]) if M is None else None
+    return {
+        "q_BLNK": _leaf(B, L, N, K, dtype=dtype, device=device),
+        "k_BMNK": _leaf(B, L if M is None else M, N, K, dtype=dtype, device=device),
+        "q_weight_K": _leaf(K, dtype=dtype, device=device),
+        "k_weight_K": _leaf(K, dtype=dtype, device=device),
+        "rope_2LR": rope_2LR,
+        "eps": EPS,
+    }
+
+
+def attention_inputs(
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    B: int = 2,
+    L: int = 77,
+    M: int = 53,
+    N: int = 3,
+    K: int = 32,
+) -> dict[str, Any]:
+    """Queries of the tokens, keys and values of a context of another length."""
+    return {
+        "q_BLNK": _leaf(B, L, N, K, dtype=dtype, device=device),
+        "k_BMNK": _leaf(B, M, N, K, dtype=dtype, device=device),
+        "v_BMNK": _leaf(B, M, N, K, dtype=dtype, device=device),
+    }
+
+
+def _read(inputs: dict[str, Any]) -> int:
+    """Bytes of all input tensors, each read once."""
+    return sum(value.nbytes for value in inputs.values() if isinstance(value, Tensor))
+
+
+def adaln_modulate_cost(**inputs: Any) -> tuple[int, int]:
+    """Least (bytes, flops): read all inputs, write one or two tensors of the size of x."""
+    x = inputs["x_BLD"]
+    outputs = 1 if inputs["position_LD"] is None else 2
+    return _read(inputs) + outputs * x.nbytes, (8 + outputs) * x.numel()
+
+
+def residual_adaln_modulate_cost(**inputs: Any) -> tuple[int, int]:
+    """Least (bytes, flops): read all inputs, write x' and the modulated tokens."""
+    x = inputs["x_BLD"]
+    return _read(inputs) + 2 * x.nbytes, 10 * x.numel()
+
+
+def gated_residual_cost(**inputs: Any) -> tuple[int, int]:
+    """Least (bytes, flops): read all inputs, write x'."""
+    x = inputs["x_BLD"]
+    return _read(inputs) + x.nbytes, (2 if inputs["addend_BLD"] is None else 3) * x.numel()
+
+
+def qk_norm_rope_cost(**inputs: Any) -> tuple[int, int]:
+    """Least (bytes, flops): read all inputs, write q and k."""
+    q, k = inputs["q_BLNK"], inputs["k_BMNK"]
+    per_element = 4 if inputs["rope_2LR"] is None else 7
+    return _read(inputs) + q.nbytes + k.nbytes, per_element * (q.numel() + k.numel())
+
+
+def attention_cost(**inputs: Any) -> tuple[int, int]:
+    """Least (bytes, flops): read q, k, v, write one like q; two products of 2 L M K flops."""
+    q, k = inputs["q_BLNK"], inputs["k_BMNK"]
+    return _read(inputs) + q.nbytes, 4 * math.prod(q.shape) * k.shape[1]
+
+
+register(
+    Op(
+        name="adaln_modulate",
+        reference=reference.adaln_modulate,
+        triton=None,
+        inputs=adaln_modulate_inputs,
+        cost=adaln_modulate_cost,
+    )
+)
+register(
+    Op(
+        name="residual_adaln_modulate",
+        reference=reference.residual_adaln_modulate,
+        triton=None,
+        inputs=residual_adaln_modulate_inputs,
+        cost=residual_adaln_modulate_cost,
+    )
+)
+register(
+    Op(
+        name="gated_residual",
+        reference=reference.gated_residual,
+        triton=None,
+        inputs=gated_residual_inputs,
+        cost=gated_residual_cost,
+    )
+)
+register(
+    Op(
+        name="qk_norm_rope",
+        reference=reference.qk_norm_rope,
+        triton=None,
+        inputs=qk_norm_rope_inputs,
+        cost=qk_norm_rope_cost,
+    )
+)
+register(
+    Op(
+        name="attention",
+        reference=reference.attention,
+        triton=None,
+        inputs=attention_inputs,
+        cost=attention_cost,
+    )
+)
