@@ -1,0 +1,1 @@
+"""The networks: the base DiT, the control branch, and the two composed."""
