@@ -1,8 +1,8 @@
 """Golden runs: recorded inputs, weights, outputs and gradients of the original system.
 
-`<case>/<case>.safetensors` holds tensors named `<run>/<group>/<name>`, `<case>/<case>.json` says per
-run what was built and how it was called. Checkers are registered by class name or by (case, kind)
-and driven by that data alone: no run is named in a test.
+`<case>/<case>.safetensors` holds tensors named `<run>/<group>/<name>`, `<case>/<case>.json` says
+per run what was built and how it was called. Checkers are registered by class name or by (case,
+kind) and driven by that data alone: no run is named in a test.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from torch import Tensor
 COMMITTED = Path(__file__).parent / "golden"
 COMPLETE = Path(__file__).parents[2] / "shared" / "golden"  # all runs, where a checkout has them
 
-STORAGE_KINDS = ("weights_only", "values", "ema_traj")  # runs that only hold what other runs refer to
+STORAGE_KINDS = (
+    "weights_only",
+    "values",
+    "ema_traj",
+)  # runs that only hold what other runs refer to
 
 Checker = Callable[["Run"], None]
 CHECKERS: dict[str | tuple[str, str], Checker] = {}
@@ -95,7 +99,9 @@ class Run:
         """The checker of this run; a run that nothing knows is an error."""
         spec = self.spec
         checker = CHECKERS.get((self.case, self.kind)) or CHECKERS.get(spec.get("cls", ""))
-        assert checker, f"no checker for case {self.case}, kind {self.kind}, class {spec.get('cls')}"
+        assert checker, (
+            f"no checker for case {self.case}, kind {self.kind}, class {spec.get('cls')}"
+        )
         return checker
 
     def out_of_scope(self) -> str | None:
@@ -129,15 +135,19 @@ def find_runs(folder: Path | None) -> list[Run]:
 
 
 def compare(actual: Tensor, expected: Tensor, name: str, tolerance: float = 2e-5) -> None:
-    """Assert equal shapes and a difference within `tolerance` of the reference's largest magnitude."""
-    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
+    """Assert equal shapes, and errors within `tolerance` of the reference's largest magnitude."""
+    assert actual.shape == expected.shape, (
+        f"{name}: shape {actual.shape}, expected {expected.shape}"
+    )
     actual, expected = actual.detach().double(), expected.double()
     assert actual.isfinite().all(), f"{name}: not finite"
     if expected.numel() == 0:
         return
     scale = expected.abs().max().item()
     error = (actual - expected).abs().max().item()
-    assert error <= tolerance * max(scale, 1e-12), f"{name}: error {error:.3g} at magnitude {scale:.3g}"
+    assert error <= tolerance * max(scale, 1e-12), (
+        f"{name}: error {error:.3g} at magnitude {scale:.3g}"
+    )
 
 
 class RecordedDraws:

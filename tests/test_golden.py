@@ -10,6 +10,7 @@ from goldens import Run
 CHECKER_MODULES = (
     "golden_model",
     "golden_diffusion",
+    "golden_condition",
     "golden_optimizer",
     "golden_data",
     "golden_training",

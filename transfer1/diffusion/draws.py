@@ -1,8 +1,8 @@
 """Random numbers that depend on what they are for, never on who draws them.
 
-Every draw has a key (seed, purpose, iteration, micro-step, index of the sample in the global batch).
-The order of draws, the rank, the number of workers and the device do not enter, so a run can be
-resumed at any step and laid out over any number of processes with the same numbers.
+Every draw has a key (seed, purpose, iteration, micro-step, index of the sample in the global
+batch). The order of draws, the rank, the number of workers and the device do not enter, so a run
+can be resumed at any step and laid out over any number of processes with the same numbers.
 
 Letters: B samples of this rank.
 """
@@ -41,11 +41,16 @@ class Draws:
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """Standard normal float32 of `shape` [B, ...] on the CPU, each sample from its own key."""
         batch, *rest = shape
-        return torch.stack([torch.randn(rest, generator=g) for g in self._per_sample(purpose, batch)])
+        return torch.stack(
+            [torch.randn(rest, generator=g) for g in self._per_sample(purpose, batch)]
+        )
 
     def uniform(self, purpose: str, batch: int) -> Tensor:
         """Uniform on [0, 1), float64 [B]."""
-        draws = [torch.rand((), generator=g, dtype=torch.float64) for g in self._per_sample(purpose, batch)]
+        draws = [
+            torch.rand((), generator=g, dtype=torch.float64)
+            for g in self._per_sample(purpose, batch)
+        ]
         return torch.stack(draws)
 
     def bernoulli(self, purpose: str, probability: float, batch: int) -> Tensor:
@@ -67,7 +72,9 @@ class Draws:
     def _per_sample(self, purpose: str, batch: int) -> list[torch.Generator]:
         samples = range(batch) if self.samples is None else self.samples
         if len(samples) != batch:
-            raise ValueError(f"{purpose}: a draw for {batch} samples, but the batch holds {len(samples)}")
+            raise ValueError(
+                f"{purpose}: a draw for {batch} samples, but the batch holds {len(samples)}"
+            )
         return [self._generator(purpose, sample) for sample in samples]
 
     def _generator(self, purpose: str, sample: int | None = None) -> torch.Generator:
