@@ -1,30 +1,26 @@
 """Describe an object now, build it later.
 
-`LazyCall(target)(**arguments)` records a dotted path and its arguments in a plain config node, so the
-same node can come from Python, from YAML or from the command line, and be built by this module or by
-`hydra.utils.instantiate`.
+`LazyCall(target)(**arguments)` records a dotted path and its arguments in a plain config node: the
+same node can come from Python, from YAML or from the command line, and be built by this module or
+by `hydra.utils.instantiate`.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
-from .errors import ConfigError, nearest
+from .errors import ConfigError
+from .targets import ARGS, PARTIAL, TARGET, check_arguments, full_key, locate
 
 LazyDict = DictConfig
 
 # Marks a value that only run time knows; `instantiate(node, name=value)` fills it.
 PLACEHOLDER: Any = MISSING
 
-TARGET = "_target_"
-ARGS = "_args_"
-PARTIAL = "_partial_"
 HYDRA_ONLY = ("_recursive_", "_convert_")
 
 
@@ -44,7 +40,7 @@ def dotted_path(target: Callable[..., Any]) -> str:
 
 
 class LazyCall:
-    """`LazyCall(target)(**arguments)` is a node that `instantiate` turns into `target(**arguments)`.
+    """`LazyCall(target)(**arguments)` is a node that `instantiate` turns into the object.
 
     Args:
         target: a callable, or its dotted path (then nothing is imported until the node is built).
@@ -52,50 +48,19 @@ class LazyCall:
 
     def __init__(self, target: Callable[..., Any] | str):
         if not isinstance(target, str) and not callable(target):
-            raise ConfigError(
-                f"LazyCall({target!r}): expected a callable or a dotted path, got {type(target).__name__}"
-            )
+            raise ConfigError(f"LazyCall({target!r}): expected a callable or a dotted path")
         self.path = target if isinstance(target, str) else dotted_path(target)
 
     def __call__(self, **arguments: Any) -> LazyDict:
-        return DictConfig({TARGET: self.path, **arguments}, flags={"allow_objects": True})
-
-
-def locate(path: str, key: str = "") -> Any:
-    """Import what a dotted path names; `key` says in messages where the path was written.
-
-    Raises:
-        ConfigError: no such module or attribute. An error inside an imported module is passed on.
-    """
-    where = f"{key}: " if key else ""
-    parts = path.split(".")
-    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
-        raise ConfigError(f'{where}{TARGET}={path!r} is not a path like "package.module.Name"')
-    for length in range(len(parts) - 1, 0, -1):
-        module_name = ".".join(parts[:length])
-        try:
-            found: Any = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-                raise
-            continue
-        for index, attribute in enumerate(parts[length:], start=length):
-            if not hasattr(found, attribute):
-                owner = ".".join(parts[:index])
-                raise ConfigError(
-                    f"{where}{TARGET}={path}: {owner} has no {attribute!r}"
-                    + nearest(attribute, [name for name in dir(found) if not name.startswith("_")])
-                )
-            found = getattr(found, attribute)
-        return found
-    raise ConfigError(f"{where}{TARGET}={path}: there is no module {parts[0]!r}")
+        content: dict[Any, Any] = {TARGET: self.path, **arguments}
+        return DictConfig(content, flags={"allow_objects": True})
 
 
 def instantiate(node: Any, **runtime: Any) -> Any:
-    """Build the object that a node describes, and everything nested in it; the node stays untouched.
+    """Build the object that a node describes, and everything nested in it.
 
-    A node is a config or a plain dict or list. Nodes without `_target_` become plain dicts and lists
-    of what they hold. `_args_` (positional arguments) and `_partial_` mean what they mean in Hydra.
+    The node, a config or a plain dict or list, stays untouched. Without `_target_` it becomes a
+    plain dict or list of what it holds. `_args_` and `_partial_` mean what they mean in Hydra.
 
     Args:
         node: the description.
@@ -104,13 +69,14 @@ def instantiate(node: Any, **runtime: Any) -> Any:
 
     Raises:
         ConfigError: a runtime value for an argument that the config sets, an argument that only run
-            time knows and that nobody passed, or arguments that the target does not take.
+            time knows and that nobody passed, arguments that the target does not take, or a
+            ValueError with which it refuses a value.
     """
     if not OmegaConf.is_config(node):
         node = OmegaConf.create(node, flags={"allow_objects": True})
     if runtime and (not isinstance(node, DictConfig) or TARGET not in node):
         raise ConfigError(
-            f"{_key(node)}: nothing to pass {', '.join(runtime)} to, the node has no {TARGET}"
+            f"{full_key(node)}: nothing to pass {', '.join(runtime)} to, the node has no {TARGET}"
         )
     return _build(node, runtime)
 
@@ -132,7 +98,7 @@ def _children(node: ListConfig) -> Sequence[Any]:
 
 
 def _call(node: DictConfig, runtime: Mapping[str, Any]) -> Any:
-    where = _key(node)
+    where = full_key(node)
     target = locate(node[TARGET], where)
     for name in HYDRA_ONLY:
         if name in node:
@@ -142,29 +108,25 @@ def _call(node: DictConfig, runtime: Mapping[str, Any]) -> Any:
     for name in runtime:
         if name in given and name not in missing:
             raise ConfigError(
-                f"{where}.{name} is set to {node[name]!r} in the config and was passed again at run "
-                "time; write PLACEHOLDER there or leave it out"
+                f"{where}.{name} is set to {node[name]!r} in the config and was passed again at "
+                "run time; write PLACEHOLDER there or leave it out"
             )
     partial = bool(node.get(PARTIAL, False))
     unfilled = sorted(missing - runtime.keys())
     if unfilled and not partial:
         raise ConfigError(
             f"{where}: {', '.join(unfilled)} of {node[TARGET]} is known only at run time; "
-            f"pass it to instantiate()"
+            "pass it to instantiate()"
         )
     arguments = {name: _build(node[name], {}) for name in given if name not in missing}
     arguments.update(runtime)
     positional = _build(node[ARGS], {}) if ARGS in node else []
     if partial:
         return functools.partial(target, *positional, **arguments)
+    check_arguments(target, node[TARGET], arguments, where, complete=ARGS not in node)
     try:
-        inspect.signature(target).bind(*positional, **arguments)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {node[TARGET]}: {error}") from None
-    except ValueError:  # a builtin that tells no signature checks its arguments itself
-        pass
-    return target(*positional, **arguments)
-
-
-def _key(node: Any) -> str:
-    return (node._get_full_key(None) if isinstance(node, DictConfig | ListConfig) else "") or "config"
+        return target(*positional, **arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:  # the target refuses a value
+        raise ConfigError(f"{where}: {error}") from error

@@ -1,0 +1,69 @@
+"""Groups `hint_key` and `net_ctrl`: what the control branch sees and how it is built.
+
+A control modality is one row of `CONTROLS` and one class in `transfer1/data/controls.py`; its hint
+key and its entries in the data groups derive from the row.
+"""
+
+from __future__ import annotations
+
+import attrs
+from hydra.core.config_store import ConfigStore
+
+from transfer1.config import LazyCall as L
+
+from .net import FADITV2_7B, TINY_FA
+
+
+@attrs.frozen
+class Control:
+    """One control modality.
+
+    Attributes:
+        name: as in `control_input_<name>`.
+        dataset_dir: folder of its example data; None while no class produces the control.
+    """
+
+    name: str
+    dataset_dir: str | None = None
+
+    @property
+    def hint_key(self) -> str:
+        """Key of the control in a batch."""
+        return f"control_input_{self.name}"
+
+
+CONTROLS = (
+    Control("vis"),
+    Control("edge", dataset_dir="datasets/hdvila"),
+    Control("depth"),
+    Control("seg"),
+    Control("keypoint"),
+    Control("upscale"),
+    Control("hdmap"),
+    Control("lidar"),
+)
+
+
+def register() -> None:
+    """Store the options of `hint_key` and `net_ctrl`."""
+    store = ConfigStore.instance().store
+    for control in CONTROLS:
+        for suffix, grayscale in (("", False), ("_grayscale", True)):
+            store(
+                group="hint_key",
+                package="model",
+                name=control.hint_key + suffix,
+                node={"hint_key": {"hint_key": control.hint_key, "grayscale": grayscale}},
+            )
+    for name, arguments, num_control_blocks in (
+        ("faditv2_7b", FADITV2_7B, 15),
+        ("tiny_fa", TINY_FA, 3),
+    ):
+        store(
+            group="net_ctrl",
+            package="model.net_ctrl",
+            name=name,
+            node=L("transfer1.model.control.ControlEncoder")(
+                **arguments, hint_channels=16, num_control_blocks=num_control_blocks
+            ),
+        )
