@@ -1,8 +1,8 @@
 """Reading pickles without running what is in them.
 
-The dataset layout stores arrays, lists and dicts as pickles. A pickle may call any function when it
-is read, so this reader builds plain containers, numbers, strings and numpy arrays, and refuses all
-else.
+The dataset layout stores arrays, lists and dicts as pickles. A pickle may call any function when
+it is read, so this reader builds plain containers, numbers, strings and numpy arrays, and refuses
+all else.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ def check_resolution(resolution: Resolution) -> None:
 def target_size(resolution: Resolution, height: int, width: int) -> tuple[int, int]:
     """Return (height, width) of the training frame for a clip of the given size.
 
-    A named resolution has one frame size per aspect ratio; a pair (height, width) is the size itself.
+    A named resolution has one frame size per aspect ratio; a pair (height, width) is the size
+    itself.
     """
     if isinstance(resolution, str):
         return RESOLUTIONS[resolution][nearest_aspect_ratio(height, width)]
@@ -73,7 +74,8 @@ def resize(clip_CTHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def pad(clip_CTHW: torch.Tensor, target: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Centre a clip in a frame of `target` = (height, width), mirroring its border outwards.
 
-    Where the border is at least as wide as the clip, its outermost row or column is repeated instead.
+    Where the border is at least as wide as the clip, its outermost row or column is repeated
+    instead.
 
     Returns:
         The padded clip [C, T, *target] and the padding mask float32 [1, *target] (1 = padding).

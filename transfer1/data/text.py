@@ -24,13 +24,16 @@ def read_text_embedding(path: str | Path, channels: int = T5_CHANNELS) -> torch.
     """
     if not Path(path).is_file():
         raise ValueError(
-            f"{path}: the text embedding is missing; write a list with one array [n, {channels}] there"
+            f"{path}: the text embedding is missing; write a list with one array "
+            f"[n, {channels}] there"
         )
     content = load_pickle(path)
     expected = f"expected a list with one float array of shape [n, {channels}], n >= 1"
     if not isinstance(content, list) or len(content) != 1:
         size = f" of {len(content)}" if isinstance(content, list) else ""
-        raise ValueError(f"{path}: holds a {type(content).__name__}{size}; {expected}: embed the text again")
+        raise ValueError(
+            f"{path}: holds a {type(content).__name__}{size}; {expected}: embed the text again"
+        )
     array = content[0]
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
         kind = getattr(array, "dtype", type(array).__name__)

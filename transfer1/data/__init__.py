@@ -1,0 +1,1 @@
+"""Clips, controls and text as training samples."""
