@@ -18,6 +18,7 @@ def named_draws(
     options: StepOptions,
     conditions: int,
     dropout_ctrl_branch: float | None,
+    is_clip: bool = True,
 ) -> RecordedDraws:
     """Give recorded draws their purposes, by the order in which the original draws.
 
@@ -25,6 +26,7 @@ def named_draws(
         recorded: source ("torch_randn", ...) and values, in that order.
         conditions: control videos stacked in the hint.
         dropout_ctrl_branch: rate of the coin of the control branch; None where it is not tossed.
+        is_clip: the batch holds clips; images have no given frames.
     """
     draws = iter(recorded)
     named: dict[str, Tensor] = {}
@@ -39,7 +41,7 @@ def named_draws(
     for name, embedder in conditioner.embedders.items():
         flag = isinstance(embedder, BooleanFlag)
         take("torch_bernoulli", name if flag else f"dropout.{name}")
-    frames = conditioner.frames
+    frames = conditioner.frames if is_clip else None
     if frames and frames.condition_location == "first_random_n":
         take("torch_randint", "num_condition_t")
     if frames and frames.condition_location == "random":

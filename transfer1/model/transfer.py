@@ -42,6 +42,9 @@ class Transfer(nn.Module):
         tokenizer: encodes videos; its weights belong to no checkpoint of this model.
     """
 
+    conditioner: Any
+    tokenizer: Any
+
     def __init__(
         self, base: DiT, control: ControlEncoder | None, conditioner: Any, tokenizer: Any
     ) -> None:

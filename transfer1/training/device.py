@@ -1,0 +1,105 @@
+"""Where a run computes, and what it cannot do. Nothing else names a device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transfer1.config import Config, ConfigError
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of `trainer.device`: auto, cuda or cpu.
+
+    Raises:
+        ConfigError: another name, or cuda where there is none.
+    """
+    if name not in ("auto", "cuda", "cpu"):
+        raise ConfigError(f"trainer.device={name}: choose auto, cuda or cpu")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "trainer.device=cuda: PyTorch finds no CUDA device; use trainer.device=cpu"
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def choose_dtype(precision: str) -> torch.dtype:
+    """Return the dtype of `model.precision`.
+
+    Raises:
+        ConfigError: a precision that cannot be trained in.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"model.precision={precision}: choose {' or '.join(PRECISIONS)}")
+    return PRECISIONS[precision]
+
+
+def check_counts(config: Config) -> None:
+    """Raise ConfigError where a count that the loop divides by or runs to is not positive."""
+    trainer = config.trainer
+    counts = {
+        "trainer.max_iter": trainer.max_iter,
+        "trainer.grad_accum_iter": trainer.grad_accum_iter,
+        "trainer.validation_iter": trainer.validation_iter,
+        "trainer.max_skipped": trainer.max_skipped,
+        "checkpoint.save_iter": config.checkpoint.save_iter,
+    }
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"{name}={count}: give 1 or more")
+
+
+def refuse_parallelism(config: Config) -> None:
+    """Raise ConfigError where a run is meant for several processes: this trainer uses one."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise ConfigError(
+            f"WORLD_SIZE={processes}: training with several processes is not built yet; start one "
+            "process with `python train.py ...`"
+        )
+    parallel = config.model_parallel
+    wanted = [
+        f"model_parallel.{name}={size}"
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+        )
+        if (size := getattr(parallel, name)) > 1
+    ]
+    if parallel.sequence_parallel:
+        wanted.append("model_parallel.sequence_parallel=True")
+    if config.trainer.distributed_parallelism != "ddp":
+        wanted.append(f"trainer.distributed_parallelism={config.trainer.distributed_parallelism}")
+    if config.model.fsdp_enabled:
+        wanted.append("model.fsdp_enabled=True")
+    if wanted:
+        raise ConfigError(
+            f"{', '.join(wanted)}: splitting one model over processes is not built yet; set sizes "
+            "to 1, sequence_parallel=false, distributed_parallelism=ddp and fsdp_enabled=false"
+        )
+
+
+def set_backend_flags(config: Config, device: torch.device) -> None:
+    """Set the cuDNN flags of `trainer.cudnn` and, on a GPU, TF32 for float32 matrix products."""
+    torch.backends.cudnn.deterministic = config.trainer.cudnn.deterministic
+    torch.backends.cudnn.benchmark = config.trainer.cudnn.benchmark
+    if device.type != "cpu":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a new dict of the batch with its tensors on the device."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
