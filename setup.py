@@ -39,6 +39,7 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.9",
             "mypy>=1.14",
+            "diffusers==0.42.1",  # the peer model
             "tensorboard>=2.17",
         ],
     },

@@ -81,7 +81,7 @@ def test_latents_survive_a_round_trip(factor: int) -> None:
 
 @pytest.mark.parametrize("factor", FACTORS)
 def test_definition(factor: int) -> None:
-    """Every channel is the coefficient that its row in the table names, standardised."""
+    """Every channel is the coefficient that its row in the table names, scaled."""
     video = random_video(1 + factor, factor, factor)
     latent = dct_tokenizer(factor).encode(video)[0, :, :, 0, 0].double()
     table = read_tables()[table_name(factor, factor, 16)]
@@ -96,8 +96,8 @@ def test_definition(factor: int) -> None:
             *(dct_matrix(n) for n in frames.shape[1:]),
             frames,
         )
-        for channel, (colour, t, y, x, mean, std) in enumerate(table[part]):
-            expected = (coefficients[colour, t, y, x] - mean) / std
+        for channel, (colour, t, y, x, mean) in enumerate(table[part]["rows"]):
+            expected = (coefficients[colour, t, y, x] - mean) / table[part]["scale"]
             assert latent[channel, position] == pytest.approx(expected.item(), abs=1e-4)
 
 
@@ -170,20 +170,21 @@ def test_measuring_a_table(tmp_path: Path) -> None:
     assert tables.keys() == read_tables().keys()
     video = measure_vae1.read_video(path)
     for name, table in tables.items():
-        assert all(len(table[part]) == 16 for part in ("first", "group"))
-        assert table["group"][0][:4] == table["first"][0][:4] == [0, 0, 0, 0], name
+        first, group = table["first"]["rows"], table["group"]["rows"]
+        assert len(first) == len(group) == 16
+        assert group[0][:4] == first[0][:4] == [0, 0, 0, 0], name
     moments = measure_vae1.Moments(8, 8)
     moments.add(video)
     kept = moments.strongest(16, 1)
     energies = [moments.squares[0][position].item() for position in kept]
     assert energies == sorted(energies, reverse=True)
-    assert tables["8x8x8-16"]["group"] == moments.rows(kept)
+    assert tables["8x8x8-16"]["group"] == moments.table(kept)
 
 
 @pytest.mark.slow
 def test_the_tool_makes_the_committed_table(tmp_path: Path) -> None:
     wheel_clip("bikes.mp4")
-    demo.prepare(tmp_path / "demo")
+    demo.prepare(tmp_path / "demo", max_width=640)  # as they ship
     content = json.loads(measure_vae1.TABLE.read_text())
     folder = tmp_path / "demo" / "train" / "videos"
     chosen_by, scaled_with = (
@@ -191,17 +192,22 @@ def test_the_tool_makes_the_committed_table(tmp_path: Path) -> None:
     )
     tables = measure_vae1.measure(chosen_by, scaled_with)
     for name, table in content["tables"].items():
-        for part, rows in table.items():
+        for part, committed in table.items():
+            measured = tables[name][part]
+            assert measured["scale"] == pytest.approx(committed["scale"], rel=1e-3)
             torch.testing.assert_close(
-                torch.tensor(tables[name][part]), torch.tensor(rows), rtol=1e-3, atol=1e-3
+                torch.tensor(measured["rows"]),
+                torch.tensor(committed["rows"]),
+                rtol=1e-3,
+                atol=1e-3,
             )
 
 
 def test_table_names_its_videos() -> None:
     content = json.loads(measure_vae1.TABLE.read_text())
     assert content["chosen_by"] and all("shot2" not in name for name in content["chosen_by"])
-    shared = [row[:4] for row in content["tables"]["8x8x8-16"]["group"]]
-    first = [row[:4] for row in content["tables"]["8x8x8-16"]["first"]]
+    shared = [row[:4] for row in content["tables"]["8x8x8-16"]["group"]["rows"]]
+    first = [row[:4] for row in content["tables"]["8x8x8-16"]["first"]["rows"]]
     for channel, row in enumerate(shared):
         assert row not in first or first[channel] == row, "a shared coefficient has one channel"
 

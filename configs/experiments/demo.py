@@ -9,7 +9,8 @@ from hydra.core.config_store import ConfigStore
 from transfer1.config import LazyCall as L
 
 FRAMES = 17
-SIZE = [128, 224]  # height, width in pixels
+STEPS = 500
+SIZE = [96, 224]  # height, width in pixels
 TEXT_TOKENS = 8  # the captions are short, and their embeddings carry no meaning
 
 NETWORK: dict[str, Any] = {
@@ -17,7 +18,9 @@ NETWORK: dict[str, Any] = {
     "max_img_w": 32,
     "max_frames": 16,
     "model_channels": 256,
+    "num_blocks": 3,
     "num_heads": 4,
+    "mlp_ratio": 2.0,
     "adaln_lora_dim": 64,
 }
 
@@ -36,8 +39,10 @@ def dataloader(part: str, is_train: bool) -> Any:
     }
     if is_train:
         dataset["augmentation"] = L("transfer1.data.augment.Augmentation")(
-            flip_probability=0.5, min_crop=0.6, frame_strides=[1, 2]
+            min_crop=0.9, frame_strides=[1, 2]
         )
+    else:
+        dataset["control_strength"] = "low"  # near the mean of what training draws
     return L("transfer1.data.loader.build_dataloader")(
         dataset=L("transfer1.data.dataset.TransferDataset")(**dataset),
         stream=is_train,
@@ -57,16 +62,17 @@ DEMO_EDGE = {
     "job": {"project": "transfer1", "group": "demo", "name": "edge"},
     "model": {
         "precision": "float32",
-        "latent_shape": [16, 3, 16, 28],
+        "latent_shape": [16, 3, 12, 28],
         "loss_add_logvar": False,
         "loss_reduce": "mean",
         "finetune_base_model": True,  # there is no pretrained base: both learn together
-        "net": {**NETWORK, "num_blocks": 4},
+        "sde": {"p_mean": 0.35, "p_std": 1.4},
+        "net": NETWORK,
         "net_ctrl": {
             **NETWORK,
-            "num_blocks": 4,
             "num_control_blocks": 2,
-            "dropout_ctrl_branch": 0.1,
+            "hint_gain": 3.0,  # so that the hint counts within a few hundred updates
+            "dropout_ctrl_branch": 0.0,
         },
         "conditioner": {
             "text": {"dropout_rate": 0.0},
@@ -74,12 +80,17 @@ DEMO_EDGE = {
             "video_cond_bool": {"dropout_rate": 0.0, "first_random_n_num_condition_t_max": 0},
         },
     },
-    "optimizer": {"lr": 1e-3, "weight_decay": 0.01, "betas": [0.9, 0.99], "eps": 1e-8},
-    "scheduler": {"warm_up_steps": [20], "f_start": [0.05]},
+    "optimizer": {"lr": 2e-3, "weight_decay": 0.01, "betas": [0.9, 0.99], "eps": 1e-15},
+    "scheduler": {
+        "warm_up_steps": [20],
+        "cycle_lengths": [STEPS + 100],
+        "f_start": [0.05],
+        "f_min": [0.1],
+    },
     "dataloader_train": dataloader("train", is_train=True),
     "dataloader_val": dataloader("held_out", is_train=False),
     "trainer": {
-        "max_iter": 300,
+        "max_iter": STEPS,
         "timestamp_seed": False,
         "logging_iter": 10,
         "callbacks": {

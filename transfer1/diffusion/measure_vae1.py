@@ -1,12 +1,13 @@
 r"""Measure which coefficients the built-in tokenizer keeps, and write its table.
 
-    python -m transfer1.diffusion.measure_vae1 datasets/demo/train/videos/bikes_*.mp4 \
-        --scale-with datasets/demo/train/videos/carphone_*.mp4
+    python -m transfer1.data.demo --max-width 640 --out datasets/full
+    python -m transfer1.diffusion.measure_vae1 datasets/full/train/videos/bikes_*.mp4 \
+        --scale-with datasets/full/train/videos/carphone_*.mp4
 
 All whole blocks of the videos, at their own size, are transformed. The coefficients with the
-highest energy in the first videos are kept; their means and standard deviations are over all
-videos. Channel 0 is the mean colour of the block. A coefficient that is constant in time has the
-same channel in first frames and in groups, where both keep it.
+highest energy in the first videos are kept; their means and the scale are over all videos.
+Channel 0 is the mean colour of the block. A coefficient that is constant in time has the same
+channel in first frames and in groups, where both keep it.
 
 Shapes: n blocks; a block [3, frames, size, size].
 """
@@ -76,11 +77,17 @@ class Moments:
         positions = [map(int, np.unravel_index(i, shape)) for i in order]
         return [(colour, frame, row, column) for colour, frame, row, column in positions]
 
-    def rows(self, positions: Sequence[Position]) -> list[list[float]]:
-        """Return the rows of the table for these positions; every video has the same weight."""
+    def table(self, positions: Sequence[Position]) -> dict[str, Any]:
+        """Return the positions, their means and one scale; every video has the same weight.
+
+        One scale for all channels keeps the transform orthonormal up to a factor: an error of a
+        latent is the same error of the pixels, whichever channel it is in.
+        """
         mean = torch.stack(self.means).mean(0)
-        std = (torch.stack(self.squares).mean(0) - mean.square()).sqrt()
-        return [[*p, round(mean[p].item(), 5), round(std[p].item(), 5)] for p in positions]
+        variance = torch.stack(self.squares).mean(0) - mean.square()
+        scale = sum(variance[p].item() for p in positions) / len(positions)
+        rows = [[*p, round(mean[p].item(), 5)] for p in positions]
+        return {"scale": round(scale**0.5, 5), "rows": rows}
 
 
 def align(first: list[Position], group: list[Position]) -> list[Position]:
@@ -102,8 +109,8 @@ def measure(videos: Sequence[Path], scale_with: Sequence[Path]) -> dict[str, Any
         kept = group.strongest(CHANNELS, len(videos))
         kept_first = align(first.strongest(CHANNELS, len(videos)), kept)
         tables[table_name(frames, size, CHANNELS)] = {
-            "first": first.rows(kept_first),
-            "group": group.rows(kept),
+            "first": first.table(kept_first),
+            "group": group.table(kept),
         }
     return tables
 
@@ -125,7 +132,7 @@ def main() -> None:
         nargs="*",
         type=Path,
         default=[],
-        help="further videos, for mean and std alone",
+        help="further videos, for means and scale alone",
     )
     parser.add_argument(
         "--out", type=Path, default=TABLE, help="file to write (default: %(default)s)"
@@ -135,7 +142,7 @@ def main() -> None:
         "made_by": "python -m transfer1.diffusion.measure_vae1",
         "chosen_by": [video.name for video in arguments.videos],
         "scaled_with": [video.name for video in arguments.scale_with],
-        "columns": "colour, frame, row, column, mean, std",
+        "columns": "colour, frame, row, column, mean",
         "tables": measure(arguments.videos, arguments.scale_with),
     }
     text = json.dumps(content, indent=1)

@@ -89,9 +89,10 @@ class DCTVideoTokenizer(VideoTokenizer):
     t*k frames give 1 + k latent frames. A block is one frame (or one group) x s x s pixels. Its
     three colours are rotated to opponent colours, an orthonormal DCT-II runs over frames, rows and
     columns, and `latent_ch` of the coefficients are kept: those of most energy on real video.
-    Which these are, their means and their standard deviations stand in `vae1.json`, made by
-    `python -m transfer1.diffusion.measure_vae1`; latents are (coefficient - mean) / std. Decoding
-    is the transposed transform, the least-squares reconstruction from the kept coefficients.
+    Which these are, their means and one scale stand in `vae1.json`, made by
+    `python -m transfer1.diffusion.measure_vae1`; latents are (coefficient - mean) / scale, of about
+    unit variance over all channels. Decoding is the transposed transform, the least-squares
+    reconstruction from the kept coefficients.
 
     Args:
         latent_ch, spatial_compression_factor, temporal_compression_factor: choose the table.
@@ -160,12 +161,13 @@ class KeptCoefficients:
     """The transform of blocks of `frames` x `size` x `size` pixels to K scaled coefficients.
 
     Args:
-        table: K rows (colour, frame, row, column, mean, standard deviation).
+        table: `rows`, K of (colour, frame, row, column, mean), and `scale`.
     """
 
-    def __init__(self, frames: int, size: int, table: list[list[float]]) -> None:
+    def __init__(self, frames: int, size: int, table: dict[str, Any]) -> None:
         self.stride = (frames, size, size)
-        colour, t, y, x = (torch.tensor([int(row[i]) for row in table]) for i in range(4))
+        rows = table["rows"]
+        colour, t, y, x = (torch.tensor([int(row[i]) for row in rows]) for i in range(4))
         basis = torch.einsum(
             "kc,kt,ky,kx->kctyx",
             torch.tensor(OPPONENT_COLOURS, dtype=torch.float64)[colour],
@@ -173,26 +175,24 @@ class KeptCoefficients:
             dct_matrix(size)[y],
             dct_matrix(size)[x],
         )
-        self._cpu = (
-            basis.float(),
-            torch.tensor([row[4] for row in table]).view(-1, 1, 1, 1),
-            torch.tensor([row[5] for row in table]).view(-1, 1, 1, 1),
-        )
+        self.scale: float = table["scale"]
+        self._cpu = basis.float(), torch.tensor([row[4] for row in rows]).view(-1, 1, 1, 1)
         self._on_device = {torch.device("cpu"): self._cpu}
 
     def encode(self, video_BCFYX: torch.Tensor) -> torch.Tensor:
-        basis, mean, std = self._constants(video_BCFYX.device)
-        return (F.conv3d(video_BCFYX, basis, stride=self.stride) - mean) / std
+        basis, mean = self._constants(video_BCFYX.device)
+        return (F.conv3d(video_BCFYX, basis, stride=self.stride) - mean) / self.scale
 
     def decode(self, latent_BKTHW: torch.Tensor) -> torch.Tensor:
-        basis, mean, std = self._constants(latent_BKTHW.device)
-        return F.conv_transpose3d(latent_BKTHW * std + mean, basis, stride=self.stride)
+        basis, mean = self._constants(latent_BKTHW.device)
+        coefficients = latent_BKTHW * self.scale + mean
+        return F.conv_transpose3d(coefficients, basis, stride=self.stride)
 
-    def _constants(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return basis [K, 3, frames, size, size], mean and std [K, 1, 1, 1] on a device."""
+    def _constants(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return basis [K, 3, frames, size, size] and mean [K, 1, 1, 1] on a device."""
         if device not in self._on_device:
-            basis, mean, std = self._cpu
-            self._on_device[device] = basis.to(device), mean.to(device), std.to(device)
+            basis, mean = self._cpu
+            self._on_device[device] = basis.to(device), mean.to(device)
         return self._on_device[device]
 
 
@@ -212,5 +212,5 @@ def table_name(frames: int, size: int, channels: int) -> str:
 
 @cache
 def read_tables() -> dict[str, Any]:
-    """Return the tables of `vae1.json`: name -> {"first": rows, "group": rows}."""
+    """Return the tables of `vae1.json`: name -> {"first": table, "group": table}."""
     return json.loads(resources.files(__package__).joinpath("vae1.json").read_text())["tables"]

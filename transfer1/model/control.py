@@ -33,6 +33,9 @@ class ControlEncoder(Backbone):
         hint_channels: channels of the largest hint; a smaller one is zero-padded.
         dropout_ctrl_branch: how often a sample trains without control when the base trains too; the
             draw is made by the training step and comes in as `keep_B`.
+        hint_gain: factor on the initial weights of the hint layers. At 1, the original's, seven
+            narrow SiLU layers shrink the hint about 300 times, which takes thousands of updates to
+            undo; short runs from scratch set about 3.
         num_control_blocks: blocks of this branch, at most num_blocks.
     """
 
@@ -48,6 +51,7 @@ class ControlEncoder(Backbone):
         num_control_blocks: int,
         hint_channels: int = 16,
         dropout_ctrl_branch: float = 0.5,
+        hint_gain: float = 1.0,
         concat_padding_mask: bool = True,
         block_config: str = "FA-CA-MLP",
         model_channels: int = 768,
@@ -123,6 +127,7 @@ class ControlEncoder(Backbone):
         )
         self.hint_channels = hint_channels
         self.dropout_ctrl_branch = dropout_ctrl_branch
+        self.hint_gain = hint_gain
         self.x_embedder2 = self.patch_embedder(hint_channels, model_channels)
         layers: list[nn.Module] = []
         widths = (model_channels, *HINT_WIDTHS, model_channels)
@@ -139,6 +144,9 @@ class ControlEncoder(Backbone):
         super().reset_parameters()
         if not hasattr(self, "zero_blocks"):  # called by Backbone.__init__, before they exist
             return
+        for layer in self.input_hint_block:
+            if isinstance(layer, nn.Linear):
+                layer.weight.data.mul_(self.hint_gain)
         for layer in (self.input_hint_block[-1], self.zero_blocks):
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
