@@ -32,7 +32,8 @@ class HeldOutReport(EveryN):
     `dataloader_val`; a run whose model did not learn to use its control exits with code 1.
 
     Args:
-        sigmas: noise levels of the scores.
+        sigmas: noise levels of the scores: from where details are left to find to where only the
+            control tells what is in the picture.
         seeds: one noise per seed, averaged.
         every_n: updates between two scores on the way; 0 scores only before and after.
         picture_sigma: noise level from which the pictures of the contact sheet are denoised.
@@ -40,7 +41,7 @@ class HeldOutReport(EveryN):
 
     def __init__(
         self,
-        sigmas: Sequence[float] = (0.1, 0.4, 1.5, 6.0),
+        sigmas: Sequence[float] = (0.2, 0.8, 3.0, 12.0),
         seeds: Sequence[int] = (0, 1),
         every_n: int = 0,
         picture_sigma: float = 1.5,
