@@ -9,7 +9,7 @@ from hydra.core.config_store import ConfigStore
 from transfer1.config import LazyCall as L
 
 FRAMES = 17
-STEPS = 500
+STEPS = 540
 SIZE = [96, 224]  # height, width in pixels
 TEXT_TOKENS = 8  # the captions are short, and their embeddings carry no meaning
 
@@ -39,7 +39,7 @@ def dataloader(part: str, is_train: bool) -> Any:
     }
     if is_train:
         dataset["augmentation"] = L("transfer1.data.augment.Augmentation")(
-            flip_probability=0.5, min_crop=0.7, frame_strides=[1, 2]
+            flip_probability=0.5, min_crop=0.85, frame_strides=[1, 2]
         )
     else:
         dataset["control_strength"] = "low"  # near the mean of what training draws
@@ -66,7 +66,7 @@ DEMO_EDGE = {
         "loss_add_logvar": False,
         "loss_reduce": "mean",
         "finetune_base_model": True,  # there is no pretrained base: both learn together
-        "sde": {"p_mean": 0.4, "p_std": 1.4},
+        "sde": {"p_mean": 0.45, "p_std": 1.4},
         "net": NETWORK,
         "net_ctrl": {
             **NETWORK,
@@ -80,7 +80,7 @@ DEMO_EDGE = {
             "video_cond_bool": {"dropout_rate": 0.0, "first_random_n_num_condition_t_max": 0},
         },
     },
-    "optimizer": {"lr": 1.5e-3, "weight_decay": 0.01, "betas": [0.9, 0.99], "eps": 1e-15},
+    "optimizer": {"lr": 2e-3, "weight_decay": 0.01, "betas": [0.9, 0.99], "eps": 1e-15},
     "scheduler": {
         "warm_up_steps": [20],
         "cycle_lengths": [STEPS + 100],
@@ -95,10 +95,10 @@ DEMO_EDGE = {
         "logging_iter": 10,
         "callbacks": {
             "iter_speed": {"hit_thres": 0, "every_n": 100},
-            "held_out": L("transfer1.training.report.HeldOutReport")(every_n=100),
+            "held_out": L("transfer1.training.report.HeldOutReport")(every_n=180),
         },
     },
-    "checkpoint": {"save_iter": 100},
+    "checkpoint": {"save_iter": 180},
 }
 
 
