@@ -113,6 +113,7 @@ ADDED = {
     "model.net*.concat_frame_mask": (False, "one class has the options of several"),
     "model.net_ctrl.hint_channels": (16, "the original's default, not listed there"),
     "model.net_ctrl.dropout_ctrl_branch": (0.5, "the original's default, not listed there"),
+    "model.net_ctrl.hint_gain": (1.0, "scale of the hint layers at the start; 1 is the original's"),
     "model.conditioner.video_cond_bool.augment_sigma_in_inference": (0.001, "of the sampler there"),
     "model.conditioner.video_cond_bool.augment_seed": (1, "of the sampler there"),
     "dataloader_*.dataset.*": (ANY, "options of ours at their defaults; constants in the original"),

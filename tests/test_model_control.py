@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from goldens import compare
 from tiny_model import CONTROL, TINY, sample_of, tiny_control, tiny_dit, tiny_inputs
-from torch import Tensor
+from torch import Tensor, nn
 
 from transfer1.model.control import (
     ControlEncoder,
@@ -219,3 +219,19 @@ def test_refusals() -> None:
     ):
         ControlEncoder(**TINY, num_control_blocks=4)
     assert weights_per_hint(None, 2) == [1.0, 1.0]
+
+
+def test_hint_gain_scales_the_initial_hint_layers() -> None:
+    """The layers that start at zero stay there; every other weight of the hint grows."""
+    plain, strong = (
+        [layer for layer in fresh_control(gain).input_hint_block if isinstance(layer, nn.Linear)]
+        for gain in (1.0, 3.0)
+    )
+    for before, after in zip(plain, strong, strict=True):
+        torch.testing.assert_close(after.weight, 3.0 * before.weight)
+    assert not strong[-1].weight.any() and strong[0].weight.any()
+
+
+def fresh_control(hint_gain: float) -> ControlEncoder:
+    torch.manual_seed(0)
+    return ControlEncoder(**{**TINY, **CONTROL}, hint_gain=hint_gain)
