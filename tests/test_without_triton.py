@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.utils._triton
 
 pytestmark = pytest.mark.static  # the session in which nothing else has imported Triton
 
 
 @pytest.fixture
-def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make `import triton` fail, and forget what was imported of it before."""
     for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)
+    forget_whether_triton_is_there()
+    yield
+    forget_whether_triton_is_there()
+
+
+def forget_whether_triton_is_there() -> None:
+    """PyTorch looks once per process and remembers the answer."""
+    for function in vars(torch.utils._triton).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 @pytest.mark.usefixtures("no_triton")
-@pytest.mark.parametrize("backend", ["reference", "compile"])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("compile", marks=pytest.mark.slow)])
 def test_import_build_train(backend: str) -> None:
     from tiny_model import tiny_control, tiny_dit, tiny_inputs
 
