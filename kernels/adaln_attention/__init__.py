@@ -164,8 +164,8 @@ def attention_cost(**inputs: Any) -> tuple[int, int]:
 
 register(
     Op(
-        name="adaln_modulate",
-        reference=reference.adaln_modulate,
+        "adaln_modulate",
+        reference.adaln_modulate,
         triton=None,
         inputs=adaln_modulate_inputs,
         cost=adaln_modulate_cost,
@@ -173,8 +173,8 @@ register(
 )
 register(
     Op(
-        name="residual_adaln_modulate",
-        reference=reference.residual_adaln_modulate,
+        "residual_adaln_modulate",
+        reference.residual_adaln_modulate,
         triton=None,
         inputs=residual_adaln_modulate_inputs,
         cost=residual_adaln_modulate_cost,
@@ -182,8 +182,8 @@ register(
 )
 register(
     Op(
-        name="gated_residual",
-        reference=reference.gated_residual,
+        "gated_residual",
+        reference.gated_residual,
         triton=None,
         inputs=gated_residual_inputs,
         cost=gated_residual_cost,
@@ -191,19 +191,13 @@ register(
 )
 register(
     Op(
-        name="qk_norm_rope",
-        reference=reference.qk_norm_rope,
+        "qk_norm_rope",
+        reference.qk_norm_rope,
         triton=None,
         inputs=qk_norm_rope_inputs,
         cost=qk_norm_rope_cost,
     )
 )
 register(
-    Op(
-        name="attention",
-        reference=reference.attention,
-        triton=None,
-        inputs=attention_inputs,
-        cost=attention_cost,
-    )
+    Op("attention", reference.attention, triton=None, inputs=attention_inputs, cost=attention_cost)
 )

@@ -50,34 +50,39 @@ class Scores:
     wrong: Tensor  # with the control of another clip
 
 
+def encode(model: Transfer, batch: Mapping[str, Any], options: StepOptions) -> Clip:
+    """Encode a batch of one clip, already on the device of the model.
+
+    Raises:
+        ValueError: a batch of several clips.
+    """
+    assert options.hint is not None, "held-out scores compare controls"
+    pixels, data_type = read_pixels(batch, options)
+    if len(pixels) != 1:
+        raise ValueError(
+            f"held-out clips are scored one by one, but a batch holds {len(pixels)}; "
+            "set dataloader_val.batch_size=1"
+        )
+    with torch.no_grad():
+        latent = model.tokenizer.encode(pixels).float() * options.sigma_data
+        condition, _ = model.conditioner.pair(batch, data_type=data_type)
+        if model.conditioner.frames is not None:
+            frames = replace(model.conditioner.frames, condition_location="first_n")
+            condition = condition_on_frames(condition, latent, frames, num_condition_t=0)
+        hints, weights = read_hints(batch, pixels, model.tokenizer, options, draws=None)
+    control = batch[options.hint.hint_key]
+    return Clip(batch["clip_name"][0], pixels, control, latent, condition, hints, weights)
+
+
 def prepare(
     model: Transfer, batches: Iterable[Mapping[str, Any]], options: StepOptions
 ) -> list[Clip]:
-    """Encode held-out batches, already on the device of the model, clip by clip.
+    """Encode the clips that are scored against each other.
 
     Raises:
         ValueError: fewer than two clips (there is no other control), or clips of different sizes.
     """
-    assert options.hint is not None, "held-out scores compare controls"
-    clips = []
-    with torch.no_grad():
-        for batch in batches:
-            pixels, data_type = read_pixels(batch, options)
-            if len(pixels) != 1:
-                raise ValueError(
-                    f"held-out clips are scored one by one, but a batch holds {len(pixels)}; "
-                    "set dataloader_val.batch_size=1"
-                )
-            latent = model.tokenizer.encode(pixels).float() * options.sigma_data
-            condition, _ = model.conditioner.pair(batch, data_type=data_type)
-            if model.conditioner.frames is not None:
-                frames = replace(model.conditioner.frames, condition_location="first_n")
-                condition = condition_on_frames(condition, latent, frames, num_condition_t=0)
-            hints, weights = read_hints(batch, pixels, model.tokenizer, options, draws=None)
-            control = batch[options.hint.hint_key]
-            clips.append(
-                Clip(batch["clip_name"][0], pixels, control, latent, condition, hints, weights)
-            )
+    clips = [encode(model, batch, options) for batch in batches]
     if len(clips) < 2 or len({clip.latent.shape for clip in clips}) > 1:
         raise ValueError(
             "held-out scores need two or more clips of one size, but dataloader_val gives "
@@ -87,26 +92,41 @@ def prepare(
 
 
 def predict(
-    model: Transfer, clip: Clip, hints: list[Tensor], sigma: float, seed: int, options: StepOptions
-) -> tuple[Tensor, Tensor]:
-    """Denoise a clip with the given hints; the noise depends on its name, the level and the seed.
+    model: Transfer,
+    clip: Clip,
+    hints: Sequence[list[Tensor] | None],
+    sigma: float,
+    seed: int,
+    options: StepOptions,
+) -> list[Tensor]:
+    """Denoise a clip once per entry of `hints`; None stands for a network that outputs zero.
+
+    All predictions start from one noise, which depends on the name of the clip, the level and the
+    seed; no random number of the training is used. The model is in evaluation mode meanwhile.
 
     Returns:
-        (prediction of x0, prediction of a network that outputs zero), float32 [1, C, T, H, W].
+        predictions of x0, float32 [1, C, T, H, W].
     """
-    device = clip.latent.device
     noise = Draws(seed).normal(f"held-out noise, {clip.name}, sigma {sigma}", clip.latent.shape)
-    level = torch.full((1,), sigma, device=device)
-    noisy = add_noise(clip.latent, level, noise.to(device))
+    level = clip.latent.new_full((1,), sigma)
+    noisy = add_noise(clip.latent, level, noise.to(clip.latent.device))
+
+    def x0(given_hints: list[Tensor] | None) -> Tensor:
+        def network(x: Tensor, noise_level: Tensor, condition: Condition) -> Tensor:
+            if given_hints is None:
+                return torch.zeros_like(x)
+            return model(x, noise_level, condition, given_hints, clip.weights)
+
+        return denoise(
+            network, options.scaling, noisy, level, clip.condition, dtype=options.dtype
+        ).x0
+
+    was_training = model.training
+    model.eval()
     with torch.no_grad():
-        x0, zero = (
-            denoise(network, options.scaling, noisy, level, clip.condition, dtype=options.dtype).x0
-            for network in (
-                lambda x, noise_level, given: model(x, noise_level, given, hints, clip.weights),
-                lambda x, noise_level, given: torch.zeros_like(x),
-            )
-        )
-    return x0, zero
+        predictions = [x0(given) for given in hints]
+    model.train(was_training)
+    return predictions
 
 
 def measure(
@@ -116,24 +136,17 @@ def measure(
     sigmas: Sequence[float],
     seeds: Sequence[int],
 ) -> Scores:
-    """Score every clip at every noise level, averaged over one noise per seed.
-
-    The model is put into evaluation mode meanwhile. No random number of the training is used.
-    """
-    was_training = model.training
-    model.eval()
+    """Score every clip at every noise level, averaged over one noise per seed."""
     scores = torch.zeros(3, len(clips), len(sigmas), dtype=torch.float64)
     for n, clip in enumerate(clips):
         other = clips[(n + 1) % len(clips)]
+        hints = [None, clip.hints, other.hints]
         for s, sigma in enumerate(sigmas):
+            level = clip.latent.new_full((1,), sigma)
             for seed in seeds:
-                right, zero = predict(model, clip, clip.hints, sigma, seed, options)
-                wrong, _ = predict(model, clip, other.hints, sigma, seed, options)
-                level = torch.full((1,), sigma, device=clip.latent.device)
-                for row, x0 in enumerate((zero, right, wrong)):
+                for row, x0 in enumerate(predict(model, clip, hints, sigma, seed, options)):
                     loss = edm_loss(clip.latent, x0, level, scaling=options.scaling)
                     scores[row, n, s] += loss.edm.double().cpu() / len(seeds)
-    model.train(was_training)
     return Scores(*scores)
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 
 from .callback import EveryN
 from .device import to_device
-from .held_out import Clip, Scores, measure, predict, prepare, verdict
+from .held_out import Clip, Scores, encode, measure, predict, prepare, verdict
 from .job import write_atomically
 from .pictures import Row, contact_sheet, loss_curve
 
@@ -67,7 +67,8 @@ class HeldOutReport(EveryN):
             )
         self.folder = self.trainer.job.path / "held_out"
         self.folder.mkdir(exist_ok=True)
-        self.clips = self._prepare(loader)
+        batches = (to_device(batch, self.trainer.device) for batch in loader)
+        self.clips = prepare(self.trainer.state.model, batches, self.trainer.options)
         saved = self.folder / "scores.json"
         if iteration and saved.exists():
             history = json.loads(saved.read_text())["history"]
@@ -103,11 +104,6 @@ class HeldOutReport(EveryN):
         ]
         if not all(checks.values()):
             self.trainer.exit_code = 1
-
-    def _prepare(self, batches: Any) -> list[Clip]:
-        trainer = self.trainer
-        batches = (to_device(batch, trainer.device) for batch in batches)
-        return prepare(trainer.state.model, batches, trainer.options)
 
     def _score(self, iteration: int) -> Scores:
         """Measure with EMA weights and keep the numbers."""
@@ -170,16 +166,15 @@ class HeldOutReport(EveryN):
     def _draw_contact_sheet(self) -> None:
         """Middle frames of a training clip and of every held-out clip."""
         trainer = self.trainer
-        dataset = trainer.dataloader_train.dataset
-        shown = [*self._prepare(default_collate([dataset[n]]) for n in range(2))[:1], *self.clips]
+        batch = default_collate([trainer.dataloader_train.dataset[0]])
+        training = encode(trainer.state.model, to_device(batch, trainer.device), trainer.options)
+        shown = [training, *self.clips]
         labels = ["training clip", *("held-out clip" for _ in self.clips)]
         rows = []
         ema = trainer.state.ema
-        trainer.state.model.eval()
         with ema.swapped_in() if ema else nullcontext():
             for label, clip in zip(labels, shown, strict=True):
                 rows.append(Row(f"{label}\n{clip.name}", self._images(clip)))
-        trainer.state.model.train()
         columns = (
             "control",
             "ground truth",
@@ -191,7 +186,8 @@ class HeldOutReport(EveryN):
     def _images(self, clip: Clip) -> list[np.ndarray]:
         trainer = self.trainer
         model, options = trainer.state.model, trainer.options
-        x0, noisy = predict(model, clip, clip.hints, self.picture_sigma, self.seeds[0], options)
+        hints = [None, clip.hints]
+        noisy, x0 = predict(model, clip, hints, self.picture_sigma, self.seeds[0], options)
         frame = clip.pixels.shape[2] // 2
         videos = [
             clip.control.float() / 127.5 - 1.0,
