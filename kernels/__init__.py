@@ -1,6 +1,17 @@
 """Pure functions on tensors: a table of ops, each with a reference and faster implementations."""
 
 from . import adaln_attention, adamw, ema
-from .registry import BACKENDS, OPS, Op, Ops, register, select
+from .registry import BACKENDS, OPS, Case, Op, Ops, register, select
 
-__all__ = ["BACKENDS", "OPS", "Op", "Ops", "adaln_attention", "adamw", "ema", "register", "select"]
+__all__ = [
+    "BACKENDS",
+    "OPS",
+    "Case",
+    "Op",
+    "Ops",
+    "adaln_attention",
+    "adamw",
+    "ema",
+    "register",
+    "select",
+]

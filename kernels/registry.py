@@ -10,13 +10,24 @@ from __future__ import annotations
 import importlib
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
 
+from .launch import check_device
+
 BACKENDS = ("auto", "triton", "compile", "reference")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to call an op: options of its `inputs`, and the dtypes that they make sense for."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    dtypes: tuple[torch.dtype, ...] = FLOATS
 
 
 @dataclass(frozen=True)
@@ -27,9 +38,14 @@ class Op:
         name: key of the op in the config group `kernels`.
         reference: plain PyTorch, fp32 statistics inside; the specification.
         triton: "module:function" of the hand-written kernel, None while there is none.
-        inputs: `inputs(dtype=..., device=...) -> dict` of realistic keyword arguments, laid out
-            (shapes, strides) as the model or the optimizer lays them out.
+        inputs: `inputs(dtype=..., device=..., **options) -> dict` of realistic keyword arguments,
+            laid out (shapes, strides) as the model or the optimizer lays them out.
         cost: `cost(**inputs) -> (bytes, flops)`, the least that any implementation must do.
+        cases: name -> options of `inputs` that reach every variant of a kernel; the parity tests
+            and the static report go through all of them.
+        sizes: name -> options of `inputs` of the size of real work; what the benchmarks time.
+        compiled: "module:function" that calls `torch.compile` of the reference's arithmetic in
+            batches, for references over lists of tensors; None compiles the reference as it is.
     """
 
     name: str
@@ -37,9 +53,12 @@ class Op:
     triton: str | None
     inputs: Callable[..., dict[str, Any]]
     cost: Callable[..., tuple[int, int]]
+    cases: Mapping[str, Case] = field(default_factory=lambda: {"default": Case()})
+    sizes: Mapping[str, Case] = field(default_factory=dict)
+    compiled: str | None = None
 
-    def build(self, backend: str) -> Callable[..., Any]:
-        """Return the callable of one backend.
+    def build(self, backend: str, device: torch.device | str = "cpu") -> Callable[..., Any]:
+        """Return the callable of one backend, for tensors on a type of device.
 
         Raises:
             ValueError: the backend is unknown, or this op or this machine cannot run it.
@@ -52,16 +71,21 @@ class Op:
                     f"kernels.{self.name}=compile needs a C++ compiler (g++, clang++) on the PATH; "
                     f"install one or set kernels.{self.name}=reference"
                 )
-            return torch.compile(self.reference)
+            return _load(self.compiled) if self.compiled else torch.compile(self.reference)
         if backend == "triton":
             if self.triton is None:
                 raise ValueError(
                     f"kernels.{self.name}=triton: this op has no Triton kernel; "
                     f"set kernels.{self.name}=reference or kernels.{self.name}=compile"
                 )
-            module, _, function = self.triton.partition(":")
-            return getattr(importlib.import_module(module), function)
+            check_device(self.name, device)
+            return _load(self.triton)
         raise ValueError(f"kernels.{self.name}={backend}: choose one of {', '.join(BACKENDS)}")
+
+
+def _load(path: str) -> Callable[..., Any]:
+    module, _, function = path.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 OPS: dict[str, Op] = {}
@@ -123,5 +147,5 @@ def select(default: str = "auto", device: str = "cpu", **per_op: str | None) -> 
     for name in OPS:
         backend = per_op.get(name) or default
         table[name] = AUTO.get(device, {}).get(name, "reference") if backend == "auto" else backend
-    functions = {name: OPS[name].build(backend) for name, backend in table.items()}
+    functions = {name: OPS[name].build(backend, device) for name, backend in table.items()}
     return Ops(table=MappingProxyType(table), **functions)

@@ -1,15 +1,39 @@
 """AdamW over lists of tensors, optionally with their moving average, and the gradient norm.
 
-All statistics and all updates are float32; a bfloat16 or float16 parameter is the rounded copy of a
-float32 master. Written with `torch._foreach_*` because CPU training runs this code.
+All statistics and all updates are float32; what depends on the number of the step alone is computed
+in float64 first. A bfloat16 or float16 parameter is the rounded copy of a float32 master, or one of
+the two ways of `bfloat16.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from kernels.ema.reference import Scalar, ema_update, scalar
+from kernels.checks import Scalar, check_dtypes, check_matching, check_range
+from kernels.ema.reference import FLOATING, average_lists
+
+from .bfloat16 import join, round_stochastically, rounding_key, split
+
+
+class StepScalars(NamedTuple):
+    """What an update needs besides its tensors; float32 [] each, computed in float64."""
+
+    grad_factor: Tensor
+    beta1: Tensor
+    beta1_complement: Tensor
+    beta2: Tensor
+    beta2_complement: Tensor
+    eps: Tensor
+    root_factor: Tensor  # 1 / sqrt(1 - beta2^step)
+    step_size: Tensor  # lr / (1 - beta1^step)
+    weight_decay: Tensor
+    decay: Tensor  # 1 - lr * weight_decay
+    ema_beta: Tensor
+    ema_complement: Tensor
 
 
 @torch.no_grad()
@@ -32,6 +56,8 @@ def adamw_step(
     ema_beta: Scalar | None = None,
     adam_w_mode: bool = True,
     bias_correction: bool = True,
+    rounding_seed: int | Tensor | None = None,
+    update: Callable[..., None] | None = None,
 ) -> None:
     """Apply update number `step` (1, 2, ...) in place; gradients are only read.
 
@@ -42,12 +68,16 @@ def adamw_step(
         p = p - lr * (u + weight_decay * p)          (p - lr * u, unless adam_w_mode)
         ema = ema_beta * ema + (1 - ema_beta) * p
 
+    Loshchilov and Hutter 2019, "Decoupled weight decay regularization", algorithm 2; the form of
+    apex's FusedAdam.
+
     Args:
-        params: parameters, any floating dtype; all lists have one entry per parameter.
+        params: parameters in float32, bfloat16 or float16; all lists have one entry per parameter.
         grads: gradients, any floating dtype.
         exp_avgs: m, float32.
         exp_avg_sqs: v, float32.
-        masters: the float32 p of parameters in lower precision; None where the parameter is p.
+        masters: per parameter in lower precision its float32 p, or int16, the remainder that makes
+            the exact float32 of a bfloat16 one; None where the parameter itself is p.
         ema: float32 averages of p, None for parameters without one; None for no averages at all.
         lr, step, grad_scale, found_inf, clip_coef, ema_beta: numbers, or tensors of one element on
             the device of the parameters.
@@ -55,71 +85,248 @@ def adamw_step(
         found_inf: where not 0, all values stay.
         adam_w_mode: decoupled weight decay; False adds it to the gradient (L2).
         bias_correction: divide m and v by 1 - beta^step.
+        rounding_seed: round bfloat16 parameters without master stochastically, by this seed.
+        update: what does the arithmetic, `update_lists` if None; another one may be faster.
 
     Raises:
-        ValueError: a parameter in lower precision has no master.
+        ValueError: lengths, shapes, devices, dtypes or numbers do not fit, or a parameter in lower
+            precision has no master and no rounding_seed.
     """
-    weights = _float32_weights(params, masters)
-    beta1, beta2 = betas
-    # A skipped update is one of zero gradients, rate and weight: nothing waits for `found_inf`.
-    applied = (scalar(0.0 if found_inf is None else found_inf, weights) == 0).double()
-    lr, step = scalar(lr, weights) * applied, scalar(step, weights).clamp(min=1)
-
-    gradients = [grad.float() for grad in grads]
-    for factor in (grad_scale, clip_coef):
-        if factor is not None:
-            gradients = [*torch._foreach_mul(gradients, scalar(factor, weights))]
-    if weight_decay and not adam_w_mode:
-        gradients = [*torch._foreach_add(gradients, weights, alpha=weight_decay)]
+    check_adamw_step(
+        params, grads, exp_avgs, exp_avg_sqs, masters, ema,
+        lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, ema_beta=ema_beta,
+        rounding_seed=rounding_seed,
+    )  # fmt: skip
+    if not params:
+        return
+    device = params[0].device
+    applied = None
     if found_inf is not None:
-        gradients = [torch.where(applied > 0, grad, 0.0) for grad in gradients]
+        applied = scalar(found_inf, device) == 0
+        if applied.is_cpu:  # looking costs nothing here, and nothing is to be masked below
+            if not applied:
+                return
+            applied = None
+    scalars = step_scalars(
+        device, lr, betas, eps, weight_decay, step, grad_scale, clip_coef, ema_beta, bias_correction
+    )
+    keys = None
+    if rounding_seed is not None:
+        number = torch.as_tensor(step, device=device)
+        keys = [rounding_key(rounding_seed, number, index) for index in range(len(params))]
+    (update or update_lists)(
+        params, grads, exp_avgs, exp_avg_sqs, masters, ema, scalars, applied, adam_w_mode, keys
+    )
 
-    torch._foreach_mul_(exp_avgs, 1 - (1 - beta1) * applied)
-    torch._foreach_add_(exp_avgs, gradients, alpha=1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, 1 - (1 - beta2) * applied)
-    torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, value=1 - beta2)
 
-    step_size = lr
+def update_lists(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor | None],
+    ema: Sequence[Tensor | None] | None,
+    scalars: StepScalars,
+    applied: Tensor | None,
+    adam_w_mode: bool,
+    keys: Sequence[Tensor] | None = None,
+) -> None:
+    """The arithmetic of `adamw_step`.
+
+    Args:
+        applied: bool [], False leaves all values; None stands for True.
+        keys: per parameter, of stochastic rounding.
+    """
+    s = scalars
+    weights = [_weight(param, master) for param, master in zip(params, masters, strict=True)]
+    gradients: Sequence[Tensor] = [grad.float() for grad in grads]
+    gradients = torch._foreach_mul(gradients, s.grad_factor)
+    if not adam_w_mode:
+        gradients = torch._foreach_add(gradients, torch._foreach_mul(weights, s.weight_decay))
+    if applied is not None:
+        # A skipped update is one of zero gradients, step and decay.
+        gradients = [torch.where(applied, gradient, 0.0) for gradient in gradients]
+        kept, gone = torch.ones_like(s.decay), torch.zeros_like(s.decay)
+        s = s._replace(
+            beta1=torch.where(applied, s.beta1, kept),
+            beta2=torch.where(applied, s.beta2, kept),
+            step_size=torch.where(applied, s.step_size, gone),
+            decay=torch.where(applied, s.decay, kept),
+            ema_beta=torch.where(applied, s.ema_beta, kept),
+            ema_complement=torch.where(applied, s.ema_complement, gone),
+        )
+    torch._foreach_mul_(exp_avgs, s.beta1)
+    torch._foreach_add_(exp_avgs, torch._foreach_mul(gradients, s.beta1_complement))
+    squares = torch._foreach_mul(gradients, gradients)
+    torch._foreach_mul_(exp_avg_sqs, s.beta2)
+    torch._foreach_add_(exp_avg_sqs, torch._foreach_mul(squares, s.beta2_complement))
+
     denominators = torch._foreach_sqrt(exp_avg_sqs)
-    if bias_correction:
-        torch._foreach_div_(denominators, (1 - beta2**step) ** 0.5)
-        step_size = lr / (1 - beta1**step)
-    torch._foreach_add_(denominators, eps)
+    torch._foreach_mul_(denominators, s.root_factor)
+    torch._foreach_add_(denominators, s.eps)
     updates = torch._foreach_div(exp_avgs, denominators)
-    torch._foreach_mul_(updates, step_size)
-    if weight_decay and adam_w_mode:
-        torch._foreach_mul_(weights, 1 - lr * weight_decay)
+    torch._foreach_mul_(updates, s.step_size)
+    if adam_w_mode:
+        torch._foreach_mul_(weights, s.decay)
     torch._foreach_sub_(weights, updates)
 
-    rounded = [(p, master) for p, master in zip(params, masters, strict=True) if master is not None]
-    if rounded:
-        torch._foreach_copy_([param for param, _ in rounded], [master for _, master in rounded])
+    for index, (param, master, weight) in enumerate(zip(params, masters, weights, strict=True)):
+        if weight is not param:
+            _store(param, master, weight, None if keys is None else keys[index])
     if ema is not None:
-        assert ema_beta is not None, "an average needs its ema_beta"
-        ema_beta = 1 - (1 - scalar(ema_beta, weights)) * applied
-        averaged = [(s, w) for s, w in zip(ema, weights, strict=True) if s is not None]
-        ema_update([shadow for shadow, _ in averaged], [weight for _, weight in averaged], ema_beta)
+        pairs = [(shadow, w) for shadow, w in zip(ema, weights, strict=True) if shadow is not None]
+        average_lists(
+            [shadow for shadow, _ in pairs],
+            [weight for _, weight in pairs],
+            s.ema_beta.reshape(1),
+            s.ema_complement.reshape(1),
+        )
+
+
+def step_scalars(
+    device: torch.device,
+    lr: Scalar,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: Scalar,
+    grad_scale: Scalar | None,
+    clip_coef: Scalar | None,
+    ema_beta: Scalar | None,
+    bias_correction: bool,
+) -> StepScalars:
+    """The scalars of one update, on its device; the arguments are those of `adamw_step`."""
+    beta1, beta2 = betas
+    rate, number = scalar(lr, device), scalar(step, device)
+    factor, beta = (scalar(1.0, device) for _ in range(2))
+    for scale in (grad_scale, clip_coef):
+        if scale is not None:
+            factor = factor * scalar(scale, device)
+    step_size, root_factor = rate, scalar(1.0, device)
+    if bias_correction:
+        step_size = rate / (1 - beta1**number)
+        root_factor = (1 - beta2**number) ** -0.5
+    if ema_beta is not None:
+        beta = scalar(ema_beta, device)
+    numbers = (beta1, 1 - beta1, beta2, 1 - beta2, eps, weight_decay)
+    constants = torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
+    varying = torch.stack(
+        [factor, root_factor, step_size, 1 - rate * weight_decay, beta, 1 - beta]
+    ).float()
+    b1, b1_complement, b2, b2_complement, epsilon, l2 = constants.float().unbind()
+    factor, root_factor, step_size, decay, beta, beta_complement = varying.unbind()
+    return StepScalars(
+        factor, b1, b1_complement, b2, b2_complement, epsilon,
+        root_factor, step_size, l2, decay, beta, beta_complement,
+    )  # fmt: skip
 
 
 def grad_norm(grads: list[Tensor]) -> Tensor:
     """L2 norm over all gradients together, float32 [] on their device.
 
-    Not finite where a gradient is not finite (or its square sum exceeds float32).
+    Not finite where a gradient is not finite. Squares are added up in float64: in float32 the sum
+    over 10^7 elements can be off by a percent.
+
+    Raises:
+        ValueError: a gradient is sparse or not floating, or they are on several devices.
     """
+    check_grad_norm(grads)
     if not grads:
         return torch.zeros(())
-    norms = torch._foreach_norm(grads, 2, torch.float32)
-    return torch.linalg.vector_norm(torch.stack(norms))
+    return norm_of(squared_norms(grads))
 
 
-def _float32_weights(params: list[Tensor], masters: list[Tensor | None]) -> list[Tensor]:
-    weights = []
+def squared_norms(grads: Sequence[Tensor]) -> Tensor:
+    """Sum of squares of each gradient, float64 [gradients]."""
+    return torch.stack([grad.float().square().sum(dtype=torch.float64) for grad in grads])
+
+
+def norm_of(squared: Tensor) -> Tensor:
+    """Root of the sum of partial sums, float32 []."""
+    return squared.sum().sqrt().float()
+
+
+def check_grad_norm(grads: list[Tensor]) -> None:
+    """Raise ValueError for arguments that `grad_norm` cannot take."""
+    check_matching("grad_norm", grads=grads)
+    check_dtypes("grad_norm", "grads", grads, FLOATING)
+
+
+def check_adamw_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    masters: list[Tensor | None],
+    ema: list[Tensor | None] | None,
+    *,
+    lr: Scalar,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    ema_beta: Scalar | None,
+    rounding_seed: int | Tensor | None,
+) -> None:
+    """Raise ValueError for arguments that `adamw_step` cannot take."""
+    op = "adamw_step"
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "masters": masters}
+    if ema is not None:
+        lists["ema"] = ema
+        if ema_beta is None:
+            raise ValueError(f"{op}: ema is given, but ema_beta is None; give both or neither")
+    check_matching(op, params=params, **lists)
+    check_dtypes(op, "params", params, (torch.float32, torch.bfloat16, torch.float16))
+    check_dtypes(op, "grads", grads, FLOATING)
+    for name, tensors in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs), ("ema", ema or ())):
+        check_dtypes(op, name, tensors, (torch.float32,))
+    check_dtypes(op, "masters", masters, (torch.float32, torch.int16))
     for index, (param, master) in enumerate(zip(params, masters, strict=True)):
-        if master is None and param.dtype != torch.float32:
-            raise ValueError(
-                f"adamw_step: parameter {index} of shape {tuple(param.shape)} is {param.dtype} and "
-                "has no float32 master; small updates would be lost: "
-                "set optimizer.master_weights=True"
-            )
-        weights.append(param if master is None else master)
-    return weights
+        _check_master(index, param, master, rounding_seed is not None)
+    check_range(op, "lr", lr, 0.0)
+    check_range(op, "eps", eps, 0.0)
+    check_range(op, "weight_decay", weight_decay, 0.0)
+    for index, beta in enumerate(betas):
+        check_range(op, f"betas[{index}]", beta, 0.0, 1.0)
+    check_range(op, "ema_beta", ema_beta, 0.0, 1.0 + 1e-12)
+
+
+def scalar(value: Scalar, device: torch.device) -> Tensor:
+    """A number or a tensor of one element as float64 [] on this device."""
+    return torch.as_tensor(value, dtype=torch.float64, device=device).reshape(())
+
+
+def _check_master(index: int, param: Tensor, master: Tensor | None, stochastic: bool) -> None:
+    what = f"adamw_step: params[{index}] of shape {tuple(param.shape)} is {param.dtype}"
+    if master is None:
+        if param.dtype == torch.float32 or (stochastic and param.dtype == torch.bfloat16):
+            return
+        ways = "" if param.dtype == torch.float16 else ", master_remainder or stochastic_rounding"
+        raise ValueError(
+            f"{what} and has no float32 master; small updates would be lost: set "
+            f"optimizer.master_weights=True{ways}"
+        )
+    if param.dtype == torch.float32:
+        raise ValueError(f"{what} and needs no master, but masters[{index}] is {master.dtype}")
+    if master.dtype == torch.int16 and param.dtype != torch.bfloat16:
+        raise ValueError(
+            f"{what}, but masters[{index}] is torch.int16: only bfloat16 has a remainder"
+        )
+
+
+def _weight(param: Tensor, master: Tensor | None) -> Tensor:
+    """The float32 values that are updated: the parameter or master itself, or made of them."""
+    if master is None:
+        return param if param.dtype == torch.float32 else param.float()
+    return master if master.dtype == torch.float32 else join(param, master)
+
+
+def _store(param: Tensor, master: Tensor | None, weight: Tensor, key: Tensor | None) -> None:
+    if master is None:
+        assert key is not None, "a parameter in lower precision has a master or is rounded by a key"
+        param.copy_(round_stochastically(weight, key))
+    elif master.dtype == torch.int16:
+        upper, lower = split(weight)
+        param.copy_(upper)
+        master.copy_(lower)
+    else:
+        param.copy_(weight)

@@ -1,0 +1,59 @@
+"""`torch.compile` of the references of `adamw_step` and `grad_norm`, in batches of flat pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.batches import batches, compiled
+
+from . import reference
+
+WRITTEN = (True, False, True, True, True, True)  # params, grads, the two moments, masters, ema
+
+
+def _update(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor | None],
+    ema: Sequence[Tensor | None] | None,
+    scalars: reference.StepScalars,
+    applied: Tensor | None,
+    adam_w_mode: bool,
+    keys: Sequence[Tensor] | None,
+) -> None:
+    if keys is not None:
+        raise ValueError(
+            "kernels.adamw_step=compile does not round stochastically; set "
+            "kernels.adamw_step=reference or triton, or optimizer.master_weights=True"
+        )
+    absent = [None] * len(params)
+    columns = (params, grads, exp_avgs, exp_avg_sqs, masters, ema or absent)
+    for is_regular, batch in batches(columns, WRITTEN):
+        function = compiled(reference.update_lists) if is_regular else reference.update_lists
+        *lists, chosen_masters, shadows = batch
+        pieces = len(batch[0] or ())
+        function(
+            *lists, chosen_masters or [None] * pieces, shadows, scalars, applied, adam_w_mode
+        )  # fmt: skip
+
+
+adamw_step = partial(reference.adamw_step, update=_update)
+
+
+def grad_norm(grads: list[Tensor]) -> Tensor:
+    """As `reference.grad_norm`."""
+    reference.check_grad_norm(grads)
+    if not grads:
+        return torch.zeros(())
+    squared: list[Any] = [torch.zeros(1, dtype=torch.float64, device=grads[0].device)]
+    for is_regular, (pieces,) in batches((grads,), (False,)):
+        function = compiled(reference.squared_norms) if is_regular else reference.squared_norms
+        squared.append(function(pieces))
+    return reference.norm_of(torch.cat(squared))

@@ -1,0 +1,114 @@
+"""Lists of tensors of any number and size, in batches of one form, for functions compiled once.
+
+Calling a compiled function costs tens of microseconds, and a function over lists is compiled anew
+for every length of list. So tensors become flat pieces: small ones are joined, large ones cut until
+the number of pieces divides by `PIECES`, and every call takes that many.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .multi_tensor import DenseRows, Row, classes_of
+
+PIECES = 8  # per call: more save calls and cost compile time
+SMALL = 32768  # tensors of fewer elements are joined into one piece
+
+Batch = tuple[list[Tensor] | None, ...]
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` of a function over batches, of any size each.
+
+    Every combination of dtypes and options is one compilation of the same code.
+    """
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def batches(
+    columns: Sequence[Sequence[Tensor | None]], written: Sequence[bool]
+) -> Iterator[tuple[bool, Batch]]:
+    """Yield batches of `PIECES` flat pieces per column; what is written to them is taken over.
+
+    Args:
+        columns: lists of equal length; None where a row has no such tensor.
+        written: per column, whether the function writes to it.
+
+    Yields:
+        Whether the batch has the one form that compiled code expects, and per column its pieces,
+        None for absent ones. Fewer elements than pieces make a batch of another form.
+    """
+    dense = DenseRows(columns, written)
+    for members in classes_of(dense.rows).values():
+        rows = [tuple(None if t is None else t.view(-1) for t in row) for _, row in members]
+        small = [row for row in rows if _numel(row) < SMALL]
+        rows = [row for row in rows if _numel(row) >= SMALL]
+        joined: Row = ()
+        if len(small) > 1:
+            joined = tuple(
+                torch.cat(column) if column[0] is not None else None
+                for column in zip(*small, strict=True)
+            )
+            rows.append(joined)
+        else:
+            rows += small
+        pieces = _cut(rows)
+        for start in range(0, len(pieces), PIECES):
+            batch = pieces[start : start + PIECES]
+            is_regular = len(batch) == PIECES
+            if is_regular:
+                _let_sizes_vary(batch)
+            yield is_regular, tuple(_column(column) for column in zip(*batch, strict=True))
+        if joined:
+            _split_back(joined, small, written)
+    dense.write_back()
+
+
+def _numel(row: Row) -> int:
+    assert row[0] is not None
+    return row[0].numel()
+
+
+def _column(tensors: Sequence[Tensor | None]) -> list[Tensor] | None:
+    return None if tensors[0] is None else [t for t in tensors if t is not None]
+
+
+def _cut(rows: list[Row]) -> list[Row]:
+    """Cut the largest row so that the number of rows divides by PIECES, if it is large enough."""
+    missing = -len(rows) % PIECES
+    if not missing:
+        return rows
+    largest = max(range(len(rows)), key=lambda index: _numel(rows[index]))
+    size = _numel(rows[largest]) // (missing + 1)
+    if size < 2:  # pieces of 0 or 1 element would be compiled as a case of their own
+        return rows
+    row = rows[largest]
+    bounds = [size * cut for cut in range(missing + 1)] + [_numel(row)]
+    cuts = [
+        tuple(None if tensor is None else tensor[start:stop] for tensor in row)
+        for start, stop in itertools.pairwise(bounds)
+    ]
+    return rows[:largest] + rows[largest + 1 :] + cuts
+
+
+def _let_sizes_vary(rows: Sequence[Row]) -> None:
+    """Have each size compiled as a number of its own, also where two are equal by chance."""
+    for row in rows:
+        for tensor in row:
+            if tensor is not None:
+                torch._dynamo.mark_dynamic(tensor, 0)
+
+
+def _split_back(joined: Row, rows: Sequence[Row], written: Sequence[bool]) -> None:
+    sizes = [_numel(row) for row in rows]
+    for index, (tensor, is_written) in enumerate(zip(joined, written, strict=True)):
+        if tensor is not None and is_written:
+            targets = [row[index] for row in rows]
+            torch._foreach_copy_(targets, list(tensor.split(sizes)))  # type: ignore[arg-type]
