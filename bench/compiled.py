@@ -90,10 +90,16 @@ def launches_of(function: Any, inputs: dict[str, Any], target: str) -> list[Laun
     return launches
 
 
+def runtime_parameters(launch: Launch) -> list[str]:
+    """Names of the parameters that are left in the compiled form, in order."""
+    kinds = {p.name: _signature(launch.arguments[p.name], p.is_constexpr) for p in _params(launch)}
+    return [name for name, kind in kinds.items() if kind != "constexpr"]
+
+
 def compile_launch(launch: Launch) -> Any:
     """Compile a launch as Triton's just-in-time launcher would specialise it."""
     signature, constants, attributes = {}, {}, {}
-    for position, parameter in enumerate(launch.kernel.params):
+    for position, parameter in enumerate(_params(launch)):
         value = launch.arguments[parameter.name]
         kind = _signature(value, parameter.is_constexpr)
         signature[parameter.name] = kind
@@ -143,6 +149,10 @@ _ACCESS = re.compile(
 )
 _SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+\S")
 _AMDGCN = re.compile(r"[a-z]\w*_\w+\s")
+
+
+def _params(launch: Launch) -> Any:
+    return launch.kernel.params
 
 
 def _signature(value: Any, is_constexpr: bool) -> str:

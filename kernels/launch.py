@@ -98,12 +98,11 @@ def launch(
     *,
     device: torch.device,
     num_warps: int,
+    num_stages: int | None = None,
+    fused_multiply_add: bool = False,
     tensors: Sequence[Tensor] = (),
 ) -> None:
     """Launch a kernel on the current stream of `device`.
-
-    Products and sums are not contracted to fused multiply-adds: every backend then rounds alike,
-    and these kernels wait for memory, not for arithmetic.
 
     Args:
         kernel: jitted function.
@@ -111,11 +110,16 @@ def launch(
         arguments: parameter name -> value.
         device: where the tensors are.
         num_warps: warps per program.
+        num_stages: depth of software pipelines; None leaves it to the compiler.
+        fused_multiply_add: contract products and sums. Without, every backend rounds alike, which
+            costs nothing where a kernel waits for memory.
         tensors: tensors that the kernel reaches through addresses in a table.
     """
     if not all(grid):
         return
-    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    options = {"num_warps": num_warps, "enable_fp_fusion": fused_multiply_add}
+    if num_stages is not None:
+        options["num_stages"] = num_stages
     interceptor = _interceptor.get()
     if interceptor:
         interceptor[1](Launch(kernel, grid, arguments, options, interceptor[0], tensors))
