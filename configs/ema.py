@@ -9,12 +9,16 @@ from transfer1.config import LazyCall as L
 
 
 def register() -> None:
-    """Store the options of `ema`."""
-    ConfigStore.instance().store(
-        group="ema",
-        package="model.ema",
-        name="power",
-        node=L("transfer1.training.ema.build_power_ema")(
-            model=PLACEHOLDER, enabled=True, rate=0.10, num=3, rank=PLACEHOLDER
-        ),
-    )
+    """Store the options of `ema`: a power-law profile, or a constant rate."""
+    for name, builder, rate, num in (
+        ("power", "build_power_ema", 0.10, 3),
+        ("reg", "build_constant_ema", 0.9999, 1),
+    ):
+        ConfigStore.instance().store(
+            group="ema",
+            package="model.ema",
+            name=name,
+            node=L(f"transfer1.training.ema.{builder}")(
+                model=PLACEHOLDER, enabled=True, rate=rate, num=num, rank=PLACEHOLDER
+            ),
+        )

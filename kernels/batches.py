@@ -20,7 +20,7 @@ from .multi_tensor import DenseRows, Row, classes_of
 PIECES = 8  # per call: more save calls and cost compile time
 SMALL = 32768  # tensors of fewer elements are joined into one piece
 
-Batch = tuple[list[Tensor] | None, ...]
+Batch = tuple[Any, ...]  # per column a list of tensors, or None
 
 
 @cache

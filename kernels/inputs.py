@@ -19,8 +19,8 @@ RAGGED: Shapes = ((192, 96), (96, 384), (513, 131), (96,), (7, 5, 3), (0, 4), (1
 
 def _transformer(width: int, blocks: int) -> Shapes:
     """Parameters of a transformer: four attention matrices, an MLP, modulation, norms per block."""
-    block = [*repeat((width, width), 4), (4 * width, width), (width, 4 * width)]
-    block += [(256, width), (3 * width, 256), (64,), (64,)]
+    block: list[tuple[int, ...]] = [*repeat((width, width), 4)]
+    block += [(4 * width, width), (width, 4 * width), (256, width), (3 * width, 256), (64,), (64,)]
     return tuple(chain.from_iterable(repeat(block, blocks)))
 
 

@@ -16,7 +16,9 @@ from .launch import is_amd, launch, target_of
 from .multi_tensor import Dtypes, Row, Table, tables_of
 
 CHUNK = 65536  # elements per program
-BLOCK = 2048  # elements per iteration: 8 per lane of 8 warps, one 128-bit access in bfloat16
+# Elements per iteration: 4 per lane of 8 warps, one 128-bit access in float32. With 8 per lane, as
+# bfloat16 alone would want, tensors of both would be exchanged between lanes in shared memory.
+BLOCK = 1024
 TYPES = {
     None: None,
     torch.float32: tl.float32,
@@ -52,7 +54,6 @@ def launch_tables(
     kernel: Any,
     rows: Sequence[tuple[int, Row]],
     arguments_of: Callable[[Dtypes], dict[str, Any]],
-    block: int = BLOCK,
 ) -> None:
     """Launch a kernel once per class of dtypes and alignment.
 
@@ -60,10 +61,9 @@ def launch_tables(
         kernel: takes addresses, sizes, chunks, ALIGNED, CHUNK, BLOCK and further arguments.
         rows: of `DenseRows`.
         arguments_of: dtypes of the columns -> the further arguments.
-        block: elements per iteration.
     """
     for table in tables_of(rows, CHUNK):
-        launch_table(kernel, table, arguments_of(table.dtypes), block)
+        launch_table(kernel, table, arguments_of(table.dtypes))
 
 
 def launch_table(kernel: Any, table: Table, arguments: dict[str, Any], block: int = BLOCK) -> None:

@@ -94,6 +94,8 @@ NEW = "new here"
 # Leaves of ours that the original has not: pattern -> (value, reason).
 ADDED = {
     "model.ema.rank": (UNSET, RUN_TIME),
+    "optimizer.master_remainder": (False, "16 bits of a master beside a bfloat16 parameter"),
+    "optimizer.stochastic_rounding": (False, "bfloat16 parameters without masters"),
     "checkpoint.type.config": (UNSET, RUN_TIME),
     "checkpoint.type.folder": (UNSET, RUN_TIME),
     "checkpoint.type.callbacks": (UNSET, RUN_TIME),

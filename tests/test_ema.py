@@ -101,13 +101,13 @@ def test_a_skipped_update_leaves_averages_and_counter() -> None:
     assert ema.num_updates.item() == optimizer.group["step"].item() == 2
 
 
-def test_averages_are_swapped_in_and_out_exactly() -> None:
+def test_averages_are_ema_scope_and_out_exactly() -> None:
     model = network(torch.bfloat16)
     ema = PowerEMA(model)
     for shadow in ema.shadows.values():
         shadow.fill_(0.3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match="inside"), ema.swapped_in():
+    with pytest.raises(RuntimeError, match="inside"), ema.ema_scope():
         assert torch.equal(model[1].weight, torch.full_like(model[1].weight, 0.3))
         assert torch.equal(model[0].bias, before["0.bias"])
         raise RuntimeError("inside")

@@ -87,7 +87,7 @@ def test_a_skipped_update_changes_nothing(dtype: torch.dtype) -> None:
 
 def test_masters_collect_updates_below_the_precision_of_the_parameter() -> None:
     param = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    optimizer = FusedAdamW([param], lr=1e-4, betas=(0.0, 0.0), eps=1e-8)
+    optimizer = FusedAdamW([param], lr=1e-4, betas=(0.0, 0.0), eps=1e-8, weight_decay=0.0)
     for _ in range(100):
         param.grad = torch.ones_like(param)
         optimizer.step()

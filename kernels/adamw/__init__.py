@@ -41,18 +41,19 @@ def _adamw_inputs(
 
     params = tensors(dtype, 1.0)
     masters: list[Tensor | None] = [None] * len(params)
-    if dtype != torch.float32 and master == "float32":
-        masters = list(tensors(torch.float32, 1.0))
-        for param, weight in zip(params, masters, strict=True):
-            param.copy_(weight)
-    elif dtype != torch.float32 and master == "remainder":
-        weights, masters = tensors(torch.float32, 1.0), list(tensors(torch.int16, 1.0))
-        for param, low, weight in zip(params, masters, weights, strict=True):
-            upper, remainder = split(weight)
-            param.copy_(upper)
-            low.copy_(remainder)
-    elif dtype != torch.float32:
+    weights = tensors(torch.float32, 1.0)
+    if dtype != torch.float32 and master == "none":
         options["rounding_seed"] = 7
+    elif dtype != torch.float32 and master == "float32":
+        for param, weight in zip(params, weights, strict=True):
+            param.copy_(weight)
+        masters = [*weights]
+    elif dtype != torch.float32:
+        remainders = tensors(torch.int16, 1.0)
+        for param, remainder, weight in zip(params, remainders, weights, strict=True):
+            for half, value in zip((param, remainder), split(weight), strict=True):
+                half.copy_(value)
+        masters = [*remainders]
     exp_avg_sqs = tensors(torch.float32, 0.01)
     return {
         "params": params,

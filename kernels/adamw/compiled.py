@@ -17,12 +17,12 @@ WRITTEN = (True, False, True, True, True, True)  # params, grads, the two moment
 
 
 def _update(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    masters: Sequence[Tensor | None],
-    ema: Sequence[Tensor | None] | None,
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    masters: list[Tensor | None],
+    ema: list[Tensor | None] | None,
     scalars: reference.StepScalars,
     applied: Tensor | None,
     adam_w_mode: bool,
@@ -37,10 +37,11 @@ def _update(
     columns = (params, grads, exp_avgs, exp_avg_sqs, masters, ema or absent)
     for is_regular, batch in batches(columns, WRITTEN):
         function = compiled(reference.update_lists) if is_regular else reference.update_lists
-        *lists, chosen_masters, shadows = batch
-        pieces = len(batch[0] or ())
+        pieces, gradients, averages, squares, their_masters, shadows = batch
+        their_masters = their_masters or [None] * len(pieces)
         function(
-            *lists, chosen_masters or [None] * pieces, shadows, scalars, applied, adam_w_mode
+            pieces, gradients, averages, squares, their_masters, shadows,
+            scalars, applied, adam_w_mode,
         )  # fmt: skip
 
 

@@ -23,7 +23,6 @@ from kernels.table_launch import TYPES, find_chunk, launch_tables, load_pointer
 from .bfloat16 import QUIET_NAN
 from .reference import check_adamw_step
 
-BLOCK = 1024  # elements per iteration: 4 per lane; 8 of all six tensors do not fit the registers
 COLUMNS = 6  # of the table: param, grad, exp_avg, exp_avg_sq, master, ema
 
 _QUIET_NAN = tl.constexpr(QUIET_NAN)
@@ -244,7 +243,7 @@ def adamw_step(
             "EMA": shadow is not None,
         }
 
-    launch_tables(adamw_step_kernel, dense.rows, of_class, BLOCK)
+    launch_tables(adamw_step_kernel, dense.rows, of_class)
     dense.write_back()
 
 

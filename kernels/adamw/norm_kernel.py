@@ -18,6 +18,7 @@ from kernels.table_launch import CHUNK, TYPES, find_chunk, launch_table, load_po
 
 from .reference import check_grad_norm
 
+BLOCK = 2048  # 8 per lane: one 128-bit access in bfloat16
 SUM_BLOCK = 1024
 
 
@@ -68,7 +69,7 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
     start = 0
     for table in tables:
         arguments: dict[str, Any] = {"partials": partials[start:], "GRAD": TYPES[table.dtypes[0]]}
-        launch_table(grad_norm_kernel, table, arguments)
+        launch_table(grad_norm_kernel, table, arguments, BLOCK)
         start += len(table.chunks)
     norm = torch.zeros(1, dtype=torch.float32, device=device)
     launch(

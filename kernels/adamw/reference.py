@@ -8,7 +8,7 @@ the two ways of `bfloat16.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,12 +120,12 @@ def adamw_step(
 
 
 def update_lists(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    masters: Sequence[Tensor | None],
-    ema: Sequence[Tensor | None] | None,
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    masters: list[Tensor | None],
+    ema: list[Tensor | None] | None,
     scalars: StepScalars,
     applied: Tensor | None,
     adam_w_mode: bool,
@@ -139,10 +139,9 @@ def update_lists(
     """
     s = scalars
     weights = [_weight(param, master) for param, master in zip(params, masters, strict=True)]
-    gradients: Sequence[Tensor] = [grad.float() for grad in grads]
-    gradients = torch._foreach_mul(gradients, s.grad_factor)
+    gradients = list(torch._foreach_mul([grad.float() for grad in grads], s.grad_factor))
     if not adam_w_mode:
-        gradients = torch._foreach_add(gradients, torch._foreach_mul(weights, s.weight_decay))
+        torch._foreach_add_(gradients, torch._foreach_mul(weights, s.weight_decay))
     if applied is not None:
         # A skipped update is one of zero gradients, step and decay.
         gradients = [torch.where(applied, gradient, 0.0) for gradient in gradients]
@@ -269,7 +268,12 @@ def check_adamw_step(
 ) -> None:
     """Raise ValueError for arguments that `adamw_step` cannot take."""
     op = "adamw_step"
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "masters": masters}
+    lists: dict[str, Any] = {
+        "grads": grads,
+        "exp_avgs": exp_avgs,
+        "exp_avg_sqs": exp_avg_sqs,
+        "masters": masters,
+    }
     if ema is not None:
         lists["ema"] = ema
         if ema_beta is None:

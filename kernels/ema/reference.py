@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def ema_update(
 
 
 def average_lists(
-    shadows: Sequence[Tensor], params: Sequence[Tensor], beta: Tensor, complement: Tensor
+    shadows: list[Tensor], params: list[Tensor], beta: Tensor, complement: Tensor
 ) -> None:
     """The arithmetic of `ema_update`; beta and complement = 1 - beta are float32 [profiles]."""
     if not params:

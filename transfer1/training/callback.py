@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from transfer1.config import instantiate
 
-from .optimizer import FusedAdamW
+from .ema import Optimizer
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -66,14 +66,18 @@ class Callback:
         """Gradients of this micro-step are added up."""
 
     def on_before_optimizer_step(
-        self, model: nn.Module, optimizer: FusedAdamW, scheduler: Schedule, iteration: int = 0
+        self, model: nn.Module, optimizer: Optimizer, scheduler: Schedule, iteration: int = 0
     ) -> None:
         """Gradients are complete; `self.trainer.gradients` holds their norm."""
 
     def on_before_zero_grad(
-        self, model: nn.Module, optimizer: FusedAdamW, scheduler: Schedule, iteration: int = 0
+        self, model: nn.Module, optimizer: Optimizer, scheduler: Schedule, iteration: int = 0
     ) -> None:
-        """The update is done (EMA included), gradients are still there."""
+        """The update is done, gradients are still there.
+
+        The averages are updated by then, in the optimizer's pass, unless a callback that is not of
+        this package implements this hook: then they are updated after it.
+        """
 
     def on_training_step_end(
         self,
@@ -148,6 +152,11 @@ class CallBackGroup:
                 getattr(callback, hook)(*args, **kwargs)
 
         return call
+
+
+def implements(callback: Callback, hook: str) -> bool:
+    """Whether a callback does anything in this hook."""
+    return getattr(getattr(callback, hook), "__func__", None) is not getattr(Callback, hook)
 
 
 def build_callbacks(nodes: Mapping[str, Any] | None) -> list[Callback]:

@@ -11,7 +11,8 @@ from loguru import logger
 from torch import Tensor, nn
 
 from .callback import Batch, Callback, EveryN
-from .optimizer import FusedAdamW, clip_coefficient
+from .ema import Optimizer
+from .optimizer import clip_coefficient
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class GradClip(Callback):
         self.fsdp_enabled = fsdp_enabled
 
     def on_before_optimizer_step(
-        self, model: nn.Module, optimizer: FusedAdamW, scheduler: Schedule, iteration: int = 0
+        self, model: nn.Module, optimizer: Optimizer, scheduler: Schedule, iteration: int = 0
     ) -> None:
         if not self.enabled:
             return

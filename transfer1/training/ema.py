@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from kernels import Ops, select
 
-from .optimizer import FusedAdamW
+from .optimizer import FusedAdamW, local
+from .torch_optimizer import TorchAdamW
+
+Optimizer = FusedAdamW | TorchAdamW
 
 
 class EMA:
@@ -44,11 +47,30 @@ class EMA:
         """The average of one parameter; None if it is not averaged."""
         return self.shadows_by_parameter.get(param)
 
-    def update(self, optimizer: FusedAdamW | None = None) -> None:
-        """Average the current parameters in, their float32 masters where `optimizer` has them."""
-        sources = [p if optimizer is None else optimizer.master(p) for p in self.parameters]
-        self.ops.ema_update(list(self.shadows.values()), sources, self.beta())
-        self.num_updates += 1
+    @torch.no_grad()
+    def update(
+        self,
+        optimizer: Optimizer | None = None,
+        found_inf: Tensor | None = None,
+        done: Collection[Tensor] = (),
+    ) -> None:
+        """Average the current parameters in and count the update.
+
+        Args:
+            optimizer: where it has float32 masters, those are averaged.
+            found_inf: one element; where not 0, averages and counter stay.
+            done: parameters whose averages the optimizer has updated in its own pass.
+        """
+        rest = [param for param in self.parameters if param not in done]
+        sources = [p if optimizer is None else optimizer.master(p) for p in rest]
+        beta = self.beta()
+        applied: Tensor | int = 1
+        if found_inf is not None:
+            applied = (found_inf == 0).reshape(1)
+            beta = torch.where(applied.reshape(()), beta, 1.0)
+        shadows = [self.shadows_by_parameter[param] for param in rest]
+        self.ops.ema_update([local(s) for s in shadows], [local(s) for s in sources], beta)
+        self.num_updates += applied
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by name: the layout of the original; `num_updates` is saved beside it."""
@@ -77,7 +99,7 @@ class EMA:
         self.num_updates.copy_(torch.as_tensor(num_updates).reshape(1))
 
     @contextmanager
-    def swapped_in(self) -> Iterator[None]:
+    def ema_scope(self) -> Iterator[None]:
         """During a `with` block the averages are in the model; then it is restored exactly."""
         saved = [param.detach().clone() for param in self.parameters]
         try:
@@ -179,3 +201,41 @@ def build_power_ema(
 ) -> PowerEMA | None:
     """The `PowerEMA` of a model, or None if averages are switched off."""
     return PowerEMA(model, rate, num, rank, ops) if enabled else None
+
+
+def build_constant_ema(
+    model: nn.Module,
+    enabled: bool = True,
+    rate: float | Sequence[float] = 0.9999,
+    num: int = 1,
+    rank: int = 0,
+    ops: Ops | None = None,
+) -> ConstantEMA | None:
+    """The `ConstantEMA` of a model, or None if averages are switched off."""
+    return ConstantEMA(model, rate, num, rank, ops) if enabled else None
+
+
+@torch.no_grad()
+def update_average(
+    source: nn.Module, target: nn.Module, beta: float | Tensor, ops: Ops | None = None
+) -> None:
+    """Average all parameters of `source` into those of `target`, a model of the same structure.
+
+    For sharded models: each process averages its own shards, and no names are looked at. The
+    original's `FastEmaModelUpdater`.
+
+    Args:
+        beta: weight of the old average, a number or a tensor of one element.
+
+    Raises:
+        ValueError: the models differ in number, shapes or names of their parameters, or those of
+            `target` are not float32.
+    """
+    sources, targets = dict(source.named_parameters()), dict(target.named_parameters())
+    if sources.keys() != targets.keys():
+        raise ValueError(
+            f"the models differ: only one of them has {sorted(sources.keys() ^ targets.keys())[:5]}"
+        )
+    (ops or select("reference")).ema_update(
+        [local(targets[name]) for name in sources], [local(p) for p in sources.values()], beta
+    )

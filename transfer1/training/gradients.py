@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kernels import Ops
 
-from .optimizer import FusedAdamW
+from .ema import Optimizer
+from .optimizer import local
 from .state import TrainState
 
 
@@ -31,15 +32,15 @@ class Gradients:
     lr: Tensor
     clip_coef: Tensor | None = None
 
-    def __init__(self, optimizer: FusedAdamW, ops: Ops):
-        self._group = optimizer.group
+    def __init__(self, optimizer: Optimizer, ops: Ops):
+        self._groups = optimizer.param_groups
         self._ops = ops
 
     def measure(self) -> None:
         """Look at the gradients as they are now."""
         self.norm = self._ops.grad_norm(self._list())
         self.found_inf = (~self.norm.isfinite()).to(torch.int32)
-        self.lr = self._group["lr"].clone()
+        self.lr = self._groups[0]["lr"].clone()
         self.clip_coef = None
 
     def make_finite(self) -> None:
@@ -49,7 +50,8 @@ class Gradients:
         self.measure()
 
     def _list(self) -> list[Tensor]:
-        return [param.grad for param in self._group["params"] if param.grad is not None]
+        params = (param for group in self._groups for param in group["params"])
+        return [local(param.grad) for param in params if param.grad is not None]
 
 
 class SkipCounter:

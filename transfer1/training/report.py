@@ -109,7 +109,7 @@ class HeldOutReport(EveryN):
         """Measure with EMA weights and keep the numbers."""
         trainer = self.trainer
         ema = trainer.state.ema
-        with ema.swapped_in() if ema and iteration else nullcontext():
+        with ema.ema_scope() if ema and iteration else nullcontext():
             scores = measure(
                 trainer.state.model, self.clips, trainer.options, self.sigmas, self.seeds
             )
@@ -172,7 +172,7 @@ class HeldOutReport(EveryN):
         labels = ["training clip", *("held-out clip" for _ in self.clips)]
         rows = []
         ema = trainer.state.ema
-        with ema.swapped_in() if ema else nullcontext():
+        with ema.ema_scope() if ema else nullcontext():
             for label, clip in zip(labels, shown, strict=True):
                 rows.append(Row(f"{label}\n{clip.name}", self._images(clip)))
         columns = (

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .optimizer import FusedAdamW
+from .ema import Optimizer
 
 Multiplier = Callable[[int | Tensor], Tensor]
 
@@ -161,18 +161,20 @@ class TeroPoly:
 
 
 class Schedule:
-    """Sets the learning rate of an optimizer before each update: base rate x multiplier(updates).
+    """Sets the learning rates of an optimizer before each update: base rate x multiplier(updates).
 
     Args:
-        optimizer: the learning rate that it was built with is the base rate.
+        optimizer: the learning rate that a group was built with is its base rate.
         multiplier: function of the number of applied updates.
     """
 
-    def __init__(self, optimizer: FusedAdamW, multiplier: Multiplier) -> None:
-        self.group = optimizer.group
+    def __init__(self, optimizer: Optimizer, multiplier: Multiplier) -> None:
+        self.groups = optimizer.param_groups
         self.multiplier = multiplier
-        self.base_lr: float = self.group.setdefault("initial_lr", optimizer.defaults["lr"])
-        self.count = torch.zeros((), dtype=torch.int64, device=self.group["lr"].device)
+        self.base_lrs = [
+            float(group.setdefault("initial_lr", float(group["lr"]))) for group in self.groups
+        ]
+        self.count = torch.zeros((), dtype=torch.int64, device=self.groups[0]["lr"].device)
         self.calls = 0  # upper bound of `count` that the host knows
         self._set_lr()
 
@@ -193,17 +195,19 @@ class Schedule:
         """Position and rates under the names of `torch.optim.lr_scheduler.LambdaLR`."""
         return {
             "last_epoch": int(self.count),
-            "base_lrs": [self.base_lr],
-            "_last_lr": [float(self.group["lr"])],
+            "base_lrs": list(self.base_lrs),
+            "_last_lr": [float(group["lr"]) for group in self.groups],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at `last_epoch`, with the saved base rate if there is one."""
         if "base_lrs" in state:
-            self.base_lr = float(state["base_lrs"][0])
+            self.base_lrs = [float(rate) for rate in state["base_lrs"]]
         self.calls = int(state["last_epoch"])
         self.count.fill_(self.calls)
         self._set_lr()
 
     def _set_lr(self) -> None:
-        self.group["lr"].copy_(self.base_lr * self.multiplier(self.count))
+        factor = self.multiplier(self.count)
+        for group, base_lr in zip(self.groups, self.base_lrs, strict=True):
+            group["lr"].copy_(base_lr * factor)

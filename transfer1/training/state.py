@@ -9,8 +9,7 @@ from typing import Any
 from transfer1.diffusion.condition import DataType
 from transfer1.model.transfer import Transfer
 
-from .ema import PowerEMA
-from .optimizer import FusedAdamW
+from .ema import EMA, Optimizer
 from .schedule import Schedule
 
 PARTS = ("model", "optim", "scheduler", "trainer")  # what `checkpoint.keys_not_to_resume` may name
@@ -25,9 +24,9 @@ class TrainState:
     """
 
     model: Transfer
-    optimizer: FusedAdamW
+    optimizer: Optimizer
     schedule: Schedule
-    ema: PowerEMA | None = None
+    ema: EMA | None = None
     seed: int = 0
     iteration: int = 0  # optimizer updates so far, skipped ones included
     samples_seen: int = 0  # samples drawn from the data stream so far

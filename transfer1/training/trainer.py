@@ -19,7 +19,7 @@ from transfer1.config import Config, ConfigError, instantiate, to_yaml
 from transfer1.diffusion.draws import Draws
 from transfer1.model.transfer import Transfer
 
-from .callback import Batch, CallBackGroup, build_callbacks
+from .callback import Batch, CallBackGroup, build_callbacks, implements
 from .device import (
     check_counts,
     choose_device,
@@ -140,6 +140,7 @@ class Trainer:
             kernels={op: str(backend) for op, backend in self.ops.table.items()},
         )
         self.gradients = Gradients(optimizer, self.ops)
+        self.one_pass = self._takes_one_pass()
         self.skips = SkipCounter(self.state, config.trainer.max_skipped)
         self.callbacks.on_optimizer_init_end()
 
@@ -264,10 +265,14 @@ class Trainer:
         arguments = (state.model, state.optimizer, state.schedule, state.iteration)
         self.callbacks.on_before_optimizer_step(*arguments)
         state.optimizer.step(
-            found_inf=gradients.found_inf, clip_coef=gradients.clip_coef, ema=state.ema
+            found_inf=gradients.found_inf,
+            clip_coef=gradients.clip_coef,
+            ema=state.ema if self.one_pass else None,
         )
         state.schedule.step(gradients.found_inf)
         self.callbacks.on_before_zero_grad(*arguments)
+        if state.ema and not self.one_pass:
+            state.ema.update(state.optimizer, gradients.found_inf)
         state.optimizer.zero_grad(set_to_none=True)
         state.iteration += 1
         self.skips.note(gradients.found_inf, state.iteration)
@@ -295,7 +300,7 @@ class Trainer:
         sums: dict[str, torch.Tensor] = {}
         count = 0
         model.eval()
-        with state.ema.swapped_in() if state.ema else nullcontext():
+        with state.ema.ema_scope() if state.ema else nullcontext():
             callbacks.on_validation_start(model, self.dataloader_val, state.iteration)
             for count, batch in enumerate(self.dataloader_val, start=1):
                 data = to_device(batch, self.device)
@@ -311,6 +316,26 @@ class Trainer:
         self.metrics.write(state.iteration, means)
         numbers = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
         logger.info(f"validation after iteration {state.iteration}: {numbers}")
+
+    def _takes_one_pass(self) -> bool:
+        """Whether the optimizer updates the averages too; callbacks of others may need them apart.
+
+        A hook `on_before_zero_grad` may change parameters, and the original averages after it.
+        """
+        if self.state.ema is None or not self.state.optimizer.fuses_ema:
+            return False
+        foreign = [
+            type(callback).__qualname__
+            for callback in self.callbacks.callbacks
+            if implements(callback, "on_before_zero_grad")
+            and not type(callback).__module__.startswith("transfer1.")
+        ]
+        if foreign:
+            logger.info(
+                f"averages take a pass of their own: {', '.join(foreign)} implements "
+                "on_before_zero_grad, which comes between optimizer and EMA"
+            )
+        return not foreign
 
     def _summarize(self) -> dict[str, Any]:
         state = self.state

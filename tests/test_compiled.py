@@ -1,0 +1,89 @@
+"""What the compiler makes of every kernel, for GPUs that are not here, and what that code does.
+
+All launches of all cases of the table of ops are compiled; most cases share variants. No
+TRITON_INTERPRET here: Triton decides at import whether kernels are interpreted or compiled.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from emulator import emulated
+from op_parity import all_cases, check_parity, inputs_of
+
+from kernels import Op
+from kernels.launch import interpreting
+
+pytestmark = [
+    pytest.mark.static,
+    pytest.mark.skipif(interpreting(), reason="compiles kernels: run without TRITON_INTERPRET"),
+]
+
+OPTIMIZER = {"adamw_step", "ema_update", "grad_norm"}
+CASES = [case for case in all_cases(triton=True) if case.values[0].name in OPTIMIZER]
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+MOST_REGISTERS = 48  # per lane: 5 programs of 8 warps on a multiprocessor
+LEAST_INSTRUCTIONS = 100  # fewer are a stub that the compiler leaves where something did not fit
+
+
+def triton_of(op: Op) -> Callable[..., Any]:
+    assert op.triton
+    module, _, function = op.triton.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("op", "case", "dtype"), CASES)
+def test_registers_spills_and_widths(op: Op, case: str, dtype: torch.dtype, target: str) -> None:
+    from bench.compiled import access_bits, inspect, launches_of
+
+    for launch in launches_of(triton_of(op), inputs_of(op, case, dtype), target):
+        code = inspect(launch)
+        assert code.spills == 0, code.kernel
+        assert code.instructions >= LEAST_INSTRUCTIONS, code.kernel
+        if target.startswith("sm_"):
+            assert code.registers <= MOST_REGISTERS, code.kernel
+            assert code.occupancy >= 0.6, code.kernel
+        if code.kernel in ("adamw_step_kernel", "ema_update_kernel"):
+            assert code.shared_bytes == 0, code.kernel
+        if launch.arguments.get("ALIGNED"):
+            wide = sum(count for name, count in code.accesses.items() if access_bits(name) >= 64)
+            assert code.widest_access == 128, (code.kernel, code.accesses)
+            assert wide >= columns(launch.arguments), (code.kernel, code.accesses)
+
+
+def columns(arguments: dict[str, Any]) -> int:
+    """Wide loads and stores that the unmasked path of a kernel needs at least."""
+    if "MASTER" in arguments:
+        masters = 0 if arguments["MASTER"] is None else 2
+        reads_param = 0 if arguments["MASTER"] is not None and masters == 2 else 1
+        return 1 + 4 + 1 + reads_param + masters + 2 * arguments["EMA"]
+    return 1 + 2 * arguments.get("PROFILES", 0)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("op", "case", "dtype"), CASES)
+def test_compiled_code_equals_reference(op: Op, case: str, dtype: torch.dtype, target: str) -> None:
+    """Run as PTX, with checks for races, bounds and alignment (`emulated` asserts none is hit)."""
+    with emulated(target) as launches:
+        check_parity(op, triton_of(op), inputs_of(op, case, dtype))
+    assert launches
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_an_emulated_step_is_three_launches(target: str) -> None:
+    from kernels import OPS
+
+    inputs = copy.deepcopy(inputs_of(OPS["adamw_step"], "ema", torch.float32))
+    with emulated(target) as launches:
+        norm = triton_of(OPS["grad_norm"])(inputs["grads"])
+        inputs["clip_coef"] = (1.0 / (norm + 1e-6)).clamp(max=1.0)
+        triton_of(OPS["adamw_step"])(**inputs)
+    assert [launch.kernel for launch in launches] == [
+        "grad_norm_kernel", "finalize_norm_kernel", "adamw_step_kernel",
+    ]  # fmt: skip
