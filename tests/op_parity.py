@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from kernels import OPS, Op
+from kernels.launch import interpreting
 
+needs_interpreter = pytest.mark.skipif(
+    not interpreting() and not torch.cuda.is_available(),
+    reason="Triton kernels run on a GPU, or in a process started with TRITON_INTERPRET=1",
+)
 FLOAT32_TOLERANCE = 1e-5  # relative RMS against the reference
 LOW_PRECISION_FACTOR = 2.0  # error against float32, relative to that of the reference
 FLOOR = 1e-6

@@ -6,15 +6,10 @@ import copy
 
 import pytest
 import torch
-from op_parity import all_cases, check_parity, inputs_of
+from op_parity import all_cases, check_parity, inputs_of, needs_interpreter
 
 import kernels
 from kernels import Op
-
-needs_interpreter = pytest.mark.skipif(
-    not kernels.launch.interpreting() and not torch.cuda.is_available(),
-    reason="Triton kernels run on a GPU, or in a process started with TRITON_INTERPRET=1",
-)
 
 
 def test_auto_is_what_the_table_says() -> None:

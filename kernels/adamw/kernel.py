@@ -71,7 +71,7 @@ def update_block(
     exp_avg = beta1 * exp_avg + beta1_complement * grad
     exp_avg_sq = beta2 * exp_avg_sq + beta2_complement * (grad * grad)
     denominator = tl.sqrt(exp_avg_sq) * root_factor + eps
-    weight = decay * weight - step_size * exp_avg / denominator
+    weight -= step_size * (exp_avg / denominator) + decay * weight
 
     tl.store(exp_avg_ptr + offsets, exp_avg, mask=mask)
     tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=mask)
@@ -135,9 +135,9 @@ def adamw_step_kernel(
             number = tl.load(step)
             step_size = (rate / complement_of_power(log_beta1, number)).to(tl.float32)
             root_factor = (1.0 / tl.sqrt(complement_of_power(log_beta2, number))).to(tl.float32)
-        decay = 1.0
+        decay = 0.0
         if ADAM_W_MODE:
-            decay = 1.0 - rate * weight_decay
+            decay = rate * weight_decay
         ema_beta = 0.0
         ema_complement = 1.0
         if EMA:

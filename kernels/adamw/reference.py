@@ -31,7 +31,7 @@ class StepScalars(NamedTuple):
     root_factor: Tensor  # 1 / sqrt(1 - beta2^step)
     step_size: Tensor  # lr / (1 - beta1^step)
     weight_decay: Tensor
-    decay: Tensor  # 1 - lr * weight_decay
+    decay: Tensor  # lr * weight_decay
     ema_beta: Tensor
     ema_complement: Tensor
 
@@ -150,7 +150,7 @@ def update_lists(
             beta1=torch.where(applied, s.beta1, kept),
             beta2=torch.where(applied, s.beta2, kept),
             step_size=torch.where(applied, s.step_size, gone),
-            decay=torch.where(applied, s.decay, kept),
+            decay=torch.where(applied, s.decay, gone),
             ema_beta=torch.where(applied, s.ema_beta, kept),
             ema_complement=torch.where(applied, s.ema_complement, gone),
         )
@@ -166,7 +166,8 @@ def update_lists(
     updates = torch._foreach_div(exp_avgs, denominators)
     torch._foreach_mul_(updates, s.step_size)
     if adam_w_mode:
-        torch._foreach_mul_(weights, s.decay)
+        # Not weights * (1 - decay): the rounding of that factor would be the same in every step.
+        updates = torch._foreach_add(updates, torch._foreach_mul(weights, s.decay))
     torch._foreach_sub_(weights, updates)
 
     for index, (param, master, weight) in enumerate(zip(params, masters, weights, strict=True)):
@@ -210,7 +211,7 @@ def step_scalars(
     numbers = (beta1, 1 - beta1, beta2, 1 - beta2, eps, weight_decay)
     constants = torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
     varying = torch.stack(
-        [factor, root_factor, step_size, 1 - rate * weight_decay, beta, 1 - beta]
+        [factor, root_factor, step_size, rate * weight_decay, beta, 1 - beta]
     ).float()
     b1, b1_complement, b2, b2_complement, epsilon, l2 = constants.float().unbind()
     factor, root_factor, step_size, decay, beta, beta_complement = varying.unbind()
