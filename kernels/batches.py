@@ -7,6 +7,7 @@ the number of pieces divides by `PIECES`, and every call takes that many.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -19,6 +20,7 @@ from .multi_tensor import DenseRows, Row, classes_of
 
 PIECES = 8  # per call: more save calls and cost compile time
 SMALL = 32768  # tensors of fewer elements are joined into one piece
+COMPILATIONS = 64  # of one function in a process
 
 Batch = tuple[Any, ...]  # per column a list of tensors, or None
 
@@ -29,7 +31,10 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Every combination of dtypes and options is one compilation of the same code.
     """
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    limit: dict[str, Any] = {}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # PyTorch 2.12
+        limit["recompile_limit"] = COMPILATIONS
+    return torch.compile(function, dynamic=True, fullgraph=True, **limit)
 
 
 def batches(

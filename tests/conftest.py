@@ -6,7 +6,6 @@ from pathlib import Path
 
 import goldens
 import pytest
-import torch
 
 from kernels.launch import interpreting
 
@@ -16,8 +15,6 @@ def pytest_configure(config: pytest.Config) -> None:
         from bench.interpreter import repair
 
         repair()
-    # All dtypes and options of an op are compiled in one process here, in a run only a few.
-    torch._dynamo.config.recompile_limit = 64
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

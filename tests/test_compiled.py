@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 from emulator import emulated
-from op_parity import all_cases, check_parity, inputs_of
+from op_cases import all_cases
 
+from bench.parity import check_parity, inputs_of
 from kernels import Op
 from kernels.launch import interpreting
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_parity import check_rounding, needs_interpreter, relative_rms, run
+from op_cases import needs_interpreter
 from torch import Tensor
 
 import kernels
+from bench.parity import check_rounding, relative_rms, run
 from kernels import OPS
 from kernels.adamw.bfloat16 import join, round_stochastically, rounding_key, split
 from kernels.adamw.reference import StepScalars, step_scalars, update_lists

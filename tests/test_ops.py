@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
-from op_parity import all_cases, check_parity, inputs_of, needs_interpreter
+from op_cases import all_cases, needs_interpreter
 
 import kernels
+from bench.parity import check_parity, inputs_of
 from kernels import Op
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import At, TinyTrainer, tiny_batch, tiny_config, train
+from tiny import At, TinyTrainer, changed, tiny_batch, tiny_config, train
 
 from transfer1.config import ConfigError
 from transfer1.training.callback import Callback
@@ -342,3 +342,83 @@ def test_a_device_that_is_not_here_is_named(tmp_path: Path) -> None:
     assert Trainer(tiny_config(tmp_path, "trainer.device=auto")).device.type == "cpu"
     with pytest.raises(ConfigError, match="PyTorch finds no CUDA device"):
         Trainer(tiny_config(tmp_path, "trainer.device=cuda"))
+
+
+class Foreign(Callback):
+    """A callback of somebody else: between the optimizer's update and the averages."""
+
+    def __init__(self) -> None:
+        self.averages_moved: list[bool] = []
+
+    def on_before_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.before = self.trainer.state.ema.num_updates.item()
+
+    def on_before_zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        self.averages_moved.append(self.trainer.state.ema.num_updates.item() > self.before)
+
+
+def test_averages_are_part_of_the_step_unless_a_foreign_callback_comes_between(
+    tmp_path: Path,
+) -> None:
+    """Either way the run ends with the same bits, and the log says which way was taken."""
+    one = train(tmp_path / "one")
+    foreign = Foreign()
+    two = train(tmp_path / "two", callbacks=(foreign,))
+    assert one.one_pass and not two.one_pass
+    assert foreign.averages_moved == [False, False]
+    assert "Foreign implements on_before_zero_grad" in two.job.log.read_text()
+    for name, shadow in one.state.ema.shadows.items():
+        assert torch.equal(shadow, two.state.ema.shadows[name]), name
+    assert two.state.ema.num_updates.item() == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["model.ema._target_=transfer1.training.ema.build_constant_ema", "model.ema.rate=0.5"],
+        ["model.precision=bfloat16", "optimizer.master_remainder=true"],
+        [
+            "model.precision=bfloat16",
+            "optimizer.master_weights=false",
+            "optimizer.stochastic_rounding=true",
+        ],
+    ],
+    ids=["constant_ema", "remainder", "stochastic_rounding"],
+)
+def test_other_ways_to_keep_weights(tmp_path: Path, options: list[str]) -> None:
+    """Stopped after one update and resumed, they end where a straight run does."""
+    straight = train(tmp_path / "straight", *options)
+    train(tmp_path / "parts", *options, "trainer.max_iter=1")
+    resumed = train(tmp_path / "parts", *options)
+    for name, param in straight.state.model.named_parameters():
+        assert torch.equal(param, dict(resumed.state.model.named_parameters())[name]), name
+    for name, shadow in straight.state.ema.shadows.items():
+        assert torch.equal(shadow, resumed.state.ema.shadows[name]), name
+
+
+def test_the_groups_reach_the_other_optimizer_and_average(tmp_path: Path) -> None:
+    """`optimizer=adamw ema=reg` trains, saves and resumes like any other choice."""
+    from tiny import OVERRIDES, composed
+
+    from transfer1.training.ema import ConstantEMA
+    from transfer1.training.torch_optimizer import TorchAdamW
+
+    config = composed((*OVERRIDES, "optimizer=adamw", "ema=reg", "model.ema.rate=0.5"))
+
+    def run(folder: Path, max_iter: int) -> TinyTrainer:
+        values = {"job": {"path_local": str(folder)}, "trainer": {"max_iter": max_iter}}
+        trainer = TinyTrainer(changed(config, values))
+        assert trainer.run() == 0
+        return trainer
+
+    straight = run(tmp_path / "straight", 2)
+    run(tmp_path / "parts", 1)
+    resumed = run(tmp_path / "parts", 2)
+    assert isinstance(straight.state.optimizer, TorchAdamW)
+    assert isinstance(straight.state.ema, ConstantEMA) and not straight.one_pass
+    for name, param in straight.state.model.named_parameters():
+        assert torch.equal(param, dict(resumed.state.model.named_parameters())[name]), name
+    ours = train(tmp_path / "ours")
+    for name, param in ours.state.model.named_parameters():
+        theirs = dict(straight.state.model.named_parameters())[name]
+        torch.testing.assert_close(param, theirs, rtol=1e-4, atol=1e-4)

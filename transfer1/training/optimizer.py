@@ -61,10 +61,8 @@ class FusedAdamW(torch.optim.Optimizer):
             one group lie on several devices.
     """
 
-    # torch.amp.GradScaler sets these two around a step; its scale divides, ours multiplies.
+    # torch.amp.GradScaler then sets the attributes `grad_scale` and `found_inf` around a step.
     _step_supports_amp_scaling = True
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -187,10 +185,10 @@ class FusedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.grad_scale is not None:
-            grad_scale = 1 / self.grad_scale
-        if self.found_inf is not None:
-            found_inf = self.found_inf
+        loss_scale: Tensor | None = getattr(self, "grad_scale", None)
+        if loss_scale is not None:
+            grad_scale = 1 / loss_scale
+        found_inf = getattr(self, "found_inf", found_inf)
         averaged: set[Tensor] = set()
         for group in self.param_groups:
             averaged |= self._step_group(group, grad_scale, found_inf, clip_coef, ema)

@@ -1,4 +1,4 @@
-"""How a backend of an op is compared with its reference: results, gradients, tensors changed."""
+"""Is a backend of an op as exact as its reference: results, gradients, tensors changed in place."""
 
 from __future__ import annotations
 
@@ -6,35 +6,18 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from kernels import OPS, Op
-from kernels.launch import interpreting
+from kernels import Op
 
-needs_interpreter = pytest.mark.skipif(
-    not interpreting() and not torch.cuda.is_available(),
-    reason="Triton kernels run on a GPU, or in a process started with TRITON_INTERPRET=1",
-)
 FLOAT32_TOLERANCE = 1e-5  # relative RMS against the reference
 LOW_PRECISION_FACTOR = 2.0  # error against float32, relative to that of the reference
 FLOOR = 1e-6
 
 
-def all_cases(*, triton: bool = False) -> list[Any]:
-    """(op, case, dtype) of the whole table, with readable ids; only ops with a Triton kernel."""
-    return [
-        pytest.param(op, name, dtype, id=f"{op.name}-{name}-{str(dtype).removeprefix('torch.')}")
-        for op in OPS.values()
-        for name, case in op.cases.items()
-        for dtype in case.dtypes
-        if op.triton or not triton
-    ]
-
-
 def inputs_of(op: Op, case: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The same inputs every time."""
+    """The inputs of a case, the same every time."""
     torch.manual_seed(0)
     return op.inputs(dtype=dtype, **op.cases[case].options)
 

@@ -1,0 +1,114 @@
+"""Timing to be trusted: rivals take turns, medians of many rounds, the limit in the same run."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WARM_UP = 3  # rounds
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of one call over many rounds.
+
+    Attributes:
+        median: of all rounds.
+        spread: half the distance between the quartiles, relative to the median.
+    """
+
+    median: float
+    spread: float
+
+
+def take_turns(rivals: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Time]:
+    """Time all rivals in each round, so that what slows the machine down slows all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    for number in range(WARM_UP + rounds):
+        for name, call in rivals.items():
+            wait()
+            started = time.perf_counter()
+            call()
+            wait()
+            if number >= WARM_UP:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: _summary(values) for name, values in seconds.items()}
+
+
+def wait() -> None:
+    """Until the GPU, where there is one, has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def memory_pass(size: int, device: torch.device | str, *, reads_only: bool) -> Callable[[], Any]:
+    """A plain pass that moves `size` bytes: what no kernel with that traffic can beat by much.
+
+    Args:
+        size: bytes read and written together.
+        reads_only: add the numbers up; otherwise each is read, changed and written back.
+    """
+    if reads_only:
+        numbers = torch.zeros(max(1, size // 4), device=device)
+        return numbers.sum
+    buffer = torch.zeros(max(1, size // 8), device=device)
+
+    def change() -> Tensor:
+        return buffer.add_(1.0)
+
+    return change
+
+
+def machine(device: torch.device | str) -> dict[str, Any]:
+    """Where and with what the numbers were taken."""
+    facts: dict[str, Any] = {
+        "device": _processor() if torch.device(device).type == "cpu" else _gpu(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    return facts
+
+
+def describe(facts: Mapping[str, Any]) -> str:
+    """One line of what `machine` found."""
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
+
+
+def markdown(rows: list[dict[str, Any]], columns: Mapping[str, Callable[[Any], str]]) -> str:
+    """A table of rows; columns: key of a row -> how it is written. Absent values stay empty."""
+    cells = [list(columns)]
+    cells += [
+        ["" if row.get(key) is None else write(row[key]) for key, write in columns.items()]
+        for row in rows
+    ]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
+    lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]
+    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+    return "\n".join(lines)
+
+
+def _summary(values: list[float]) -> Time:
+    if len(values) < 4:
+        return Time(statistics.median(values), 0.0)
+    low, median, high = statistics.quantiles(values, n=4)
+    return Time(median, (high - low) / 2 / median)
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU {models[0]}" if models else f"CPU {platform.machine()}"
+
+
+def _gpu(device: torch.device | str) -> str:
+    return torch.cuda.get_device_name(torch.device(device))
