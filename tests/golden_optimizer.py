@@ -9,7 +9,8 @@ import torch
 from goldens import Run, compare, handles
 from torch import Tensor, nn
 
-from kernels.ema import ema_update
+from kernels import Ops, select
+from kernels.launch import interpreting
 from transfer1.training.ema import EMA, ConstantEMA, PowerEMA, power_exponent
 from transfer1.training.optimizer import FusedAdamW
 from transfer1.training.schedule import (
@@ -23,6 +24,15 @@ CYCLES = {
     "LambdaLinearScheduler": LambdaLinear,
     "LambdaWarmUpCosineScheduler": LambdaWarmUpCosine,
 }
+
+
+def backends() -> list[Ops]:
+    """The references, and Triton's kernels where they can run."""
+    chosen = [select("reference")]
+    if interpreting() or torch.cuda.is_available():
+        names = ("adamw_step", "ema_update", "grad_norm")
+        chosen.append(select("reference", **dict.fromkeys(names, "triton")))
+    return chosen
 
 
 def module_of(tensors: Mapping[str, Tensor], trainable: Iterable[str]) -> nn.Module:
@@ -51,6 +61,11 @@ def set_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
 @handles(("adamw", "adam"), ("adamw", "adam_derived"))
 def check_adamw(run: Run) -> None:
     """Every step of every parameter, the final moments, masters and layout of the state."""
+    for ops in backends():
+        check_adamw_steps(run, ops)
+
+
+def check_adamw_steps(run: Run, ops: Ops) -> None:
     spec, inputs, outputs = run.spec, run.group("input"), run.group("output")
     hyper = dict(spec["hyper"], betas=tuple(spec["hyper"]["betas"]))
     hyper["weight_decay"] = spec.get("wd", hyper["weight_decay"])
@@ -60,6 +75,7 @@ def check_adamw(run: Run) -> None:
         params.items(),
         bias_correction=spec.get("bias_correction", True),
         adam_w_mode=bool(spec.get("mode", 1)),
+        ops=ops,
         **hyper,
     )
     for step, lr in enumerate(spec["lrs"]):
@@ -178,14 +194,19 @@ def check_beta(run: Run) -> None:
 
 @handles(("ema", "ema_track"))
 def check_tracker(run: Run) -> None:
+    for ops in backends():
+        check_tracker_updates(run, ops)
+
+
+def check_tracker_updates(run: Run, ops: Ops) -> None:
     source = trajectory(run)
     trainable = [key.replace("-", ".") for key in run.spec["state_keys"]]
     model = module_of(row(source, 0), trainable)
     kind, _, rate = run.spec["tracker"].partition("_")
     if kind == "power":
-        ema: EMA = PowerEMA(model, float(rate.removeprefix("s")))
+        ema: EMA = PowerEMA(model, float(rate.removeprefix("s")), ops=ops)
     else:
-        ema = ConstantEMA(model) if rate == "default" else ConstantEMA(model, float(rate))
+        ema = ConstantEMA(model, 0.9999 if rate == "default" else float(rate), ops=ops)
     assert sorted(ema.state_dict()) == sorted(run.spec["state_keys"])
     check_updates(run, ema, model, source)
 
@@ -216,11 +237,13 @@ def check_ema_update(run: Run) -> None:
             for index in range(updates + 1)
             if all(torch.equal(source[name][index], last[name]) for name in last)
         )
-    for update in range(1, updates + 1):
-        params = [source[name][update] for name in shadows]
-        ema_update(list(shadows.values()), params, run.spec["beta"])
-    for name, expected in outputs.items():
-        compare(shadows[name], expected, name, 1e-6)
+    for ops in backends():
+        averages = {name: shadow.clone() for name, shadow in shadows.items()}
+        for update in range(1, updates + 1):
+            params = [source[name][update] for name in averages]
+            ops.ema_update(list(averages.values()), params, run.spec["beta"])
+        for name, expected in outputs.items():
+            compare(averages[name], expected, name, 1e-6)
 
 
 @handles(("ema", "ema_cache"))

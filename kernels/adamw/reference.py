@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.checks import Scalar, check_dtypes, check_matching, check_range
 from kernels.ema.reference import FLOATING, average_lists
+from kernels.multi_tensor import scalar
 
 from .bfloat16 import join, round_stochastically, rounding_key, split
 
@@ -28,9 +29,9 @@ class StepScalars(NamedTuple):
     beta2: Tensor
     beta2_complement: Tensor
     eps: Tensor
+    weight_decay: Tensor
     root_factor: Tensor  # 1 / sqrt(1 - beta2^step)
     step_size: Tensor  # lr / (1 - beta1^step)
-    weight_decay: Tensor
     decay: Tensor  # lr * weight_decay
     ema_beta: Tensor
     ema_complement: Tensor
@@ -102,7 +103,7 @@ def adamw_step(
     device = params[0].device
     applied = None
     if found_inf is not None:
-        applied = scalar(found_inf, device) == 0
+        applied = scalar(found_inf, torch.float64, device).reshape(()) == 0
         if applied.is_cpu:  # looking costs nothing here, and nothing is to be masked below
             if not applied:
                 return
@@ -112,7 +113,7 @@ def adamw_step(
     )
     keys = None
     if rounding_seed is not None:
-        number = torch.as_tensor(step, device=device)
+        number = scalar(step, torch.int64, device)
         keys = [rounding_key(rounding_seed, number, index) for index in range(len(params))]
     (update or update_lists)(
         params, grads, exp_avgs, exp_avg_sqs, masters, ema, scalars, applied, adam_w_mode, keys
@@ -196,29 +197,35 @@ def step_scalars(
     bias_correction: bool,
 ) -> StepScalars:
     """The scalars of one update, on its device; the arguments are those of `adamw_step`."""
+
+    def exact(value: Scalar) -> Tensor:
+        return scalar(value, torch.float64, device).reshape(())
+
     beta1, beta2 = betas
-    rate, number = scalar(lr, device), scalar(step, device)
-    factor, beta = (scalar(1.0, device) for _ in range(2))
+    rate, number, factor = exact(lr), exact(step), exact(1.0)
     for scale in (grad_scale, clip_coef):
         if scale is not None:
-            factor = factor * scalar(scale, device)
-    step_size, root_factor = rate, scalar(1.0, device)
+            factor = factor * exact(scale)
+    step_size, root_factor = rate, exact(1.0)
     if bias_correction:
         step_size = rate / (1 - beta1**number)
         root_factor = (1 - beta2**number) ** -0.5
-    if ema_beta is not None:
-        beta = scalar(ema_beta, device)
-    numbers = (beta1, 1 - beta1, beta2, 1 - beta2, eps, weight_decay)
-    constants = torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
-    varying = torch.stack(
-        [factor, root_factor, step_size, rate * weight_decay, beta, 1 - beta]
-    ).float()
-    b1, b1_complement, b2, b2_complement, epsilon, l2 = constants.float().unbind()
-    factor, root_factor, step_size, decay, beta, beta_complement = varying.unbind()
-    return StepScalars(
-        factor, b1, b1_complement, b2, b2_complement, epsilon,
-        root_factor, step_size, l2, decay, beta, beta_complement,
-    )  # fmt: skip
+    beta = exact(1.0 if ema_beta is None else ema_beta)
+    exact_scalars = StepScalars(
+        grad_factor=factor,
+        beta1=exact(beta1),
+        beta1_complement=exact(1 - beta1),
+        beta2=exact(beta2),
+        beta2_complement=exact(1 - beta2),
+        eps=exact(eps),
+        weight_decay=exact(weight_decay),
+        root_factor=root_factor,
+        step_size=step_size,
+        decay=rate * weight_decay,
+        ema_beta=beta,
+        ema_complement=1 - beta,
+    )
+    return StepScalars(*(value.float() for value in exact_scalars))
 
 
 def grad_norm(grads: list[Tensor]) -> Tensor:
@@ -293,11 +300,6 @@ def check_adamw_step(
     for index, beta in enumerate(betas):
         check_range(op, f"betas[{index}]", beta, 0.0, 1.0)
     check_range(op, "ema_beta", ema_beta, 0.0, 1.0 + 1e-12)
-
-
-def scalar(value: Scalar, device: torch.device) -> Tensor:
-    """A number or a tensor of one element as float64 [] on this device."""
-    return torch.as_tensor(value, dtype=torch.float64, device=device).reshape(())
 
 
 def _check_master(index: int, param: Tensor, master: Tensor | None, stochastic: bool) -> None:

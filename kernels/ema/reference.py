@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.checks import Scalar, check_dtypes, check_matching, check_range
+from kernels.multi_tensor import scalar
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -34,7 +35,9 @@ def ema_update(
         ValueError: lengths, shapes, devices or dtypes do not fit, or beta is outside [0, 1].
     """
     profiles = check_ema_update(shadows, params, beta)
-    betas = torch.as_tensor(beta, dtype=torch.float64, device=_device(shadows)).reshape(profiles)
+    if not params:
+        return
+    betas = scalar(beta, torch.float64, params[0].device, count=profiles)
     (average or average_lists)(shadows, params, betas.float(), (1 - betas).float())
 
 
@@ -42,8 +45,6 @@ def average_lists(
     shadows: list[Tensor], params: list[Tensor], beta: Tensor, complement: Tensor
 ) -> None:
     """The arithmetic of `ema_update`; beta and complement = 1 - beta are float32 [profiles]."""
-    if not params:
-        return
     sources = [param.float() for param in params]
     for profile in range(len(shadows) // len(params)):
         chosen = shadows[profile * len(params) : (profile + 1) * len(params)]
@@ -69,7 +70,3 @@ def check_ema_update(shadows: list[Tensor], params: list[Tensor], beta: Scalar) 
     if not isinstance(beta, Tensor):
         check_range("ema_update", "beta", beta, 0.0, 1.0 + 1e-12)
     return profiles
-
-
-def _device(tensors: list[Tensor]) -> torch.device | None:
-    return tensors[0].device if tensors else None
