@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
@@ -68,8 +70,9 @@ class Op:
         if backend == "compile":
             if not has_cpp_compiler():
                 raise ValueError(
-                    f"kernels.{self.name}=compile needs a C++ compiler (g++, clang++) on the PATH; "
-                    f"install one or set kernels.{self.name}=reference"
+                    f"kernels.{self.name}=compile needs a C++ compiler (g++, clang++) on the PATH "
+                    "and the headers of Python (python3-dev); install them or set "
+                    f"kernels.{self.name}=reference"
                 )
             return _load(self.compiled) if self.compiled else torch.compile(self.reference)
         if backend == "triton":
@@ -91,8 +94,13 @@ def _load(path: str) -> Callable[..., Any]:
 OPS: dict[str, Op] = {}
 
 # What `auto` means per device type and op. An op that is not listed runs its reference: a row is
-# entered only once a benchmark on that device has shown another backend to be faster.
-AUTO: Mapping[str, Mapping[str, str]] = MappingProxyType({"cpu": {}, "cuda": {}})
+# entered only once `bench.ops` on that device has shown another backend to be faster.
+AUTO: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "cpu": {"adamw_step": "compile", "ema_update": "compile", "grad_norm": "compile"},
+        "cuda": {},
+    }
+)
 
 
 def register(op: Op) -> Op:
@@ -103,9 +111,17 @@ def register(op: Op) -> Op:
     return op
 
 
+def automatic(name: str, device: str) -> str:
+    """The backend that `auto` stands for; without a C++ compiler a CPU runs references."""
+    if device == "cpu" and not has_cpp_compiler():
+        return "reference"
+    return AUTO.get(device, {}).get(name, "reference")
+
+
 def has_cpp_compiler() -> bool:
-    """Whether `torch.compile` can build CPU code here."""
-    return any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++"))
+    """Whether `torch.compile` can build CPU code here: a compiler, and the headers of Python."""
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return headers.exists() and any(map(shutil.which, ("c++", "g++", "clang++")))
 
 
 class Ops(SimpleNamespace):
@@ -146,6 +162,6 @@ def select(default: str = "auto", device: str = "cpu", **per_op: str | None) -> 
     table = {}
     for name in OPS:
         backend = per_op.get(name) or default
-        table[name] = AUTO.get(device, {}).get(name, "reference") if backend == "auto" else backend
+        table[name] = automatic(name, device) if backend == "auto" else backend
     functions = {name: OPS[name].build(backend, device) for name, backend in table.items()}
     return Ops(table=MappingProxyType(table), **functions)

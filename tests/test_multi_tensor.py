@@ -567,3 +567,60 @@ def test_half_precision_has_no_remainder() -> None:
     inputs["masters"] = [torch.zeros(4, dtype=torch.int16)]
     with pytest.raises(ValueError, match=r"only bfloat16 has a remainder"):
         OPS["adamw_step"].reference(**inputs)
+
+
+# What traces and captures programs ---------------------------------------------------------------
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_is_traced_as_three_ops(dtype: torch.dtype) -> None:
+    """torch.compile of a whole update, without a break, sees the ops and not their launches."""
+    inputs = adamw_inputs(((33, 7), (5,)), dtype=dtype)
+    names = ("grad_norm", "adamw_step", "ema_update")
+    norm, step, average = (OPS[name].build("triton") for name in names)
+    shadows = [param.float() for param in inputs["params"]]
+
+    def update(inputs: dict[str, Any], shadows: list[Tensor]) -> Tensor:
+        length = norm(inputs["grads"])
+        step(**{**inputs, "clip_coef": (1.0 / length).clamp(max=1.0)})
+        average(shadows, inputs["params"], 0.5)
+        return length
+
+    expected, traced = (copy.deepcopy((inputs, shadows)) for _ in range(2))
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    lengths = [
+        update(*expected),
+        torch.compile(update, fullgraph=True, backend=backend)(*traced),
+    ]
+    assert torch.equal(*lengths)
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "masters", "ema"):
+        for one, two in zip(expected[0][name], traced[0][name], strict=True):
+            assert one is two is None or torch.equal(one, two), name
+    assert all(torch.equal(one, two) for one, two in zip(expected[1], traced[1], strict=True))
+    ours = [str(node.target) for node in graphs[0].graph.nodes if "transfer1" in str(node.target)]
+    assert [name.split(".")[1] for name in ours] == list(names)
+
+
+@needs_interpreter
+def test_the_ops_keep_the_rules_of_torch_library() -> None:
+    from kernels.adamw.kernel import step_op
+    from kernels.adamw.norm_kernel import norm_op
+    from kernels.ema.kernel import ema_op
+
+    tensors = [torch.rand(4, 3), torch.rand(5)]
+    again = [tensor.clone() for tensor in tensors]
+    one = torch.ones(1)
+    torch.library.opcheck(norm_op, (tensors,))
+    torch.library.opcheck(ema_op, (again, tensors, one.double()))
+    lists = [[tensor.clone() for tensor in tensors] for _ in range(4)]
+    arguments = (
+        *lists, [], [-1, -1], again, [0, 1],
+        one, one.int(), None, None, None, one.double(), None, [0.9, 0.99], 1e-8, 0.1, True, True,
+    )  # fmt: skip
+    torch.library.opcheck(step_op, arguments)

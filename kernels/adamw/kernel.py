@@ -8,7 +8,9 @@ that spill, and an error of 4 ulp of the update is far below one of the paramete
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -205,46 +207,109 @@ def adamw_step(
     if not params:
         return
     device = params[0].device
-    columns = (params, grads, exp_avgs, exp_avg_sqs, masters, ema or [None] * len(params))
-    dense = DenseRows(columns, written=(True, False, True, True, True, True))
 
     def on_device(value: Scalar | None, dtype: torch.dtype) -> Tensor | None:
         return None if value is None else scalar(value, dtype, device)
 
+    step_op(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        *_without_gaps(masters),
+        *_without_gaps(ema or [None] * len(params)),
+        scalar(lr, torch.float32, device),
+        scalar(step, torch.int32, device),
+        on_device(grad_scale, torch.float32),
+        on_device(clip_coef, torch.float32),
+        on_device(found_inf, getattr(found_inf, "dtype", torch.float32)),
+        on_device(ema_beta, torch.float64),
+        on_device(rounding_seed, torch.int64),
+        list(betas),
+        eps,
+        weight_decay,
+        adam_w_mode,
+        bias_correction,
+    )
+
+
+@torch.library.custom_op(
+    "transfer1::adamw_step",
+    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "masters", "ema"),
+)
+def step_op(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    masters: list[Tensor],
+    master_of: list[int],
+    ema: list[Tensor],
+    ema_of: list[int],
+    lr: Tensor,
+    step: Tensor,
+    grad_scale: Tensor | None,
+    clip_coef: Tensor | None,
+    found_inf: Tensor | None,
+    ema_beta: Tensor | None,
+    rounding_seed: Tensor | None,
+    betas: list[float],
+    eps: float,
+    weight_decay: float,
+    adam_w_mode: bool,
+    bias_correction: bool,
+) -> None:
+    """The launches, as one op to whatever traces or captures a program.
+
+    Lists of an op have no gaps: `master_of` and `ema_of` say which entry belongs to a parameter.
+    """
+    columns = (
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [None if place < 0 else masters[place] for place in master_of],
+        [None if place < 0 else ema[place] for place in ema_of],
+    )
+    dense = DenseRows(columns, written=(True, False, True, True, True, True))
     beta1, beta2 = betas
-    arguments = {
-        "lr": on_device(lr, torch.float32),
-        "step": on_device(step, torch.int32),
-        "grad_scale": on_device(grad_scale, torch.float32),
-        "clip_coef": on_device(clip_coef, torch.float32),
-        "found_inf": on_device(found_inf, getattr(found_inf, "dtype", torch.float32)),
-        "beta1": beta1,
-        "beta1_complement": 1 - beta1,
-        "log_beta1": _log(beta1),
-        "beta2": beta2,
-        "beta2_complement": 1 - beta2,
-        "log_beta2": _log(beta2),
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "ADAM_W_MODE": adam_w_mode,
-        "BIAS_CORRECTION": bias_correction,
-    }
-    beta, seed = on_device(ema_beta, torch.float64), on_device(rounding_seed, torch.int64)
 
     def of_class(dtypes: Dtypes) -> dict[str, Any]:
         param, grad, _, _, master, shadow = dtypes
+        rounds = param == torch.bfloat16 and master is None
         return {
-            **arguments,
-            "ema_beta_ptr": None if shadow is None else beta,
-            "rounding_seed": seed if param == torch.bfloat16 and master is None else None,
+            "lr": lr,
+            "step": step,
+            "grad_scale": grad_scale,
+            "clip_coef": clip_coef,
+            "found_inf": found_inf,
+            "ema_beta_ptr": None if shadow is None else ema_beta,
+            "rounding_seed": rounding_seed if rounds else None,
+            "beta1": beta1,
+            "beta1_complement": 1 - beta1,
+            "log_beta1": _log(beta1),
+            "beta2": beta2,
+            "beta2_complement": 1 - beta2,
+            "log_beta2": _log(beta2),
+            "eps": eps,
+            "weight_decay": weight_decay,
             "PARAM": TYPES[param],
             "GRAD": TYPES[grad],
             "MASTER": TYPES[master],
             "EMA": shadow is not None,
+            "ADAM_W_MODE": adam_w_mode,
+            "BIAS_CORRECTION": bias_correction,
         }
 
     launch_tables(adamw_step_kernel, dense.rows, of_class)
     dense.write_back()
+
+
+def _without_gaps(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
+    """The tensors that are there, and per entry the place of its tensor among them, -1 for none."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    count = itertools.count()
+    return present, [-1 if tensor is None else next(count) for tensor in tensors]
 
 
 def _log(beta: float) -> float:

@@ -58,8 +58,13 @@ def ema_update(shadows: list[Tensor], params: list[Tensor], beta: Scalar) -> Non
     profiles = check_ema_update(shadows, params, beta)
     if not params:
         return
-    betas = scalar(beta, torch.float64, params[0].device, count=profiles)
-    count = len(params)
+    ema_op(shadows, params, scalar(beta, torch.float64, params[0].device, count=profiles))
+
+
+@torch.library.custom_op("transfer1::ema_update", mutates_args=("shadows",))
+def ema_op(shadows: list[Tensor], params: list[Tensor], betas: Tensor) -> None:
+    """The launches, as one op to whatever traces or captures a program."""
+    profiles, count = len(betas), len(params)
     averages = [shadows[start : start + count] for start in range(0, len(shadows), count)]
     dense = DenseRows((params, *averages), written=(False,) + (True,) * profiles)
     launch_tables(
