@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from goldens import compare
 from tiny_model import TINY, randomize, tiny_dit
-from torch import Tensor
 
 import kernels
+from bench.diffusers_peer import all_arguments, run_theirs, their_network
 from transfer1.diffusion.condition import Condition
 from transfer1.interop.diffusers import diffusers_arguments, from_diffusers, to_diffusers
 from transfer1.model.dit import DiT
@@ -30,32 +28,6 @@ VARIANTS: list[dict[str, Any]] = [
     {"rope_t_extrapolation_ratio": 2.0, "rope_h_extrapolation_ratio": 3.0, "num_blocks": 1},
     {"in_channels": 5, "concat_frame_mask": True, "patch_temporal": 2},
 ]
-
-
-@pytest.fixture(autouse=True)
-def nearest_resize(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one function of torchvision that the network of diffusers calls."""
-    from diffusers.models.transformers import transformer_cosmos
-
-    def resize(image: Tensor, size: list[int], interpolation: object) -> Tensor:
-        return F.interpolate(image, size=size, mode="nearest")
-
-    transforms = SimpleNamespace(
-        functional=SimpleNamespace(resize=resize), InterpolationMode=SimpleNamespace(NEAREST=None)
-    )
-    monkeypatch.setattr(transformer_cosmos, "transforms", transforms, raising=False)
-
-
-def all_arguments(changes: dict[str, Any]) -> dict[str, Any]:
-    """Constructor arguments of a DiT with its defaults filled in."""
-    parameters = inspect.signature(DiT).parameters
-    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    return {**defaults, **TINY, **changes}
-
-
-def their_network(changes: dict[str, Any]) -> Any:
-    network = diffusers.CosmosTransformer3DModel(**diffusers_arguments(all_arguments(changes)))
-    return network.eval()
 
 
 def inputs(changes: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +48,9 @@ def inputs(changes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_ours(network: DiT, given: dict[str, Any], control: bool) -> Tensor:
+def run_both(ours: DiT, theirs: Any, changes: dict[str, Any], control: bool) -> None:
+    """Assert the same output, with control residuals or without."""
+    given = inputs(changes)
     condition = Condition(
         context=given["context"],
         fps=torch.full((2,), 30.0),
@@ -84,50 +58,32 @@ def run_ours(network: DiT, given: dict[str, Any], control: bool) -> Tensor:
         frame_mask=given["frame_mask"],
     )
     residuals = given["residuals"] if control else None
-    return network(given["x"], given["noise_level"], condition, residuals)
-
-
-def run_theirs(network: Any, given: dict[str, Any], control: bool) -> Tensor:
-    residuals = None
+    listed = None
     if control:
         nothing = torch.zeros_like(given["residuals"][0])
-        blocks = range(len(network.transformer_blocks))
-        residuals = [given["residuals"].get(index, nothing) for index in blocks]
-    (out,) = network(
-        hidden_states=given["x"],
-        timestep=given["noise_level"],
-        encoder_hidden_states=given["context"],
-        block_controlnet_hidden_states=residuals,
-        fps=30.0,
-        condition_mask=given["frame_mask"] if network.config.in_channels == 5 else None,
-        padding_mask=given["padding_mask"],
-        return_dict=False,
-    )
-    return out
+        listed = [given["residuals"].get(i, nothing) for i in range(len(theirs.transformer_blocks))]
+    shown = condition if theirs.config.in_channels == 5 else replace(condition, frame_mask=None)
+    with torch.no_grad():
+        expected = run_theirs(theirs, given["x"], given["noise_level"], shown, listed)
+        found = ours(given["x"], given["noise_level"], condition, residuals)
+        compare(found, expected, "output", tolerance=1e-5)
 
 
 @pytest.mark.parametrize("control", [False, True], ids=["plain", "control"])
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_our_weights_in_diffusers(changes: dict[str, Any], control: bool) -> None:
-    ours, theirs = tiny_dit(**changes), their_network(changes)
-    theirs.load_state_dict(to_diffusers(ours.state_dict()))
-    given = inputs(changes)
-    with torch.no_grad():
-        expected = run_theirs(theirs, given, control)
-        compare(run_ours(ours, given, control), expected, "output", tolerance=1e-5)
+    ours = tiny_dit(**changes)
+    theirs = their_network({**TINY, **changes}, ours.state_dict()).eval()
+    run_both(ours, theirs, changes, control)
 
 
 @pytest.mark.parametrize("control", [False, True], ids=["plain", "control"])
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_weights_of_diffusers_in_ours(changes: dict[str, Any], control: bool) -> None:
-    arguments = {**TINY, **changes}
-    ours, theirs = DiT(**arguments), their_network(changes)
+    ours, theirs = DiT(**{**TINY, **changes}), their_network({**TINY, **changes}).eval()
     randomize(theirs, seed=4)
     ours.load_state_dict(from_diffusers(theirs.state_dict(), ours.pos_embedder.limits))
-    given = inputs(changes)
-    with torch.no_grad():
-        expected = run_theirs(theirs, given, control)
-        compare(run_ours(ours, given, control), expected, "output", tolerance=1e-5)
+    run_both(ours, theirs, changes, control)
 
 
 def test_there_and_back() -> None:
@@ -153,7 +109,7 @@ def test_there_and_back() -> None:
 def test_what_diffusers_cannot_express_is_refused(changes: dict[str, Any]) -> None:
     (name,) = changes
     with pytest.raises(ValueError, match=name):
-        diffusers_arguments(all_arguments(changes))
+        diffusers_arguments(all_arguments({**TINY, **changes}))
 
 
 def test_unknown_keys_are_refused() -> None:
