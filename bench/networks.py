@@ -18,29 +18,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+from configs.net import COMMON
 from transfer1.diffusion.condition import Condition
 from transfer1.model.dit import DiT
 
 from .diffusers_peer import run_theirs, their_network
 from .timing import describe, machine, markdown, take_turns
 
-COMMON = {
-    "max_img_h": 240,
-    "max_img_w": 240,
-    "max_frames": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_spatial": 2,
-    "patch_temporal": 1,
-    "concat_padding_mask": True,
-    "pos_emb_cls": "rope3d",
-    "affline_emb_norm": True,
-    "use_adaln_lora": True,
-    "adaln_lora_dim": 256,
-    "legacy_patch_emb": False,
-    "extra_per_block_abs_pos_emb": True,
-    "extra_per_block_abs_pos_emb_type": "learnable",
-}
 CONTEXT_TOKENS = 512
 MATRIX = 2048  # side of the matrix product that sets the limit
 COLUMNS: dict[str, Callable[[Any], str]] = {
@@ -100,8 +84,10 @@ def main(arguments: list[str] | None = None) -> None:
 def time_networks(size: str, dtype: str, backends: list[str], rounds: int) -> list[dict[str, Any]]:
     """Rows of one size and dtype: each backend of ours, then diffusers."""
     spec, kind = SIZES[size], getattr(torch, dtype)
-    arguments = {
+    arguments: dict[str, Any] = {
         **COMMON,
+        "extra_per_block_abs_pos_emb": True,
+        "extra_per_block_abs_pos_emb_type": "learnable",
         "model_channels": spec.width,
         "num_blocks": spec.blocks,
         "num_heads": spec.heads,
