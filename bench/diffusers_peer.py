@@ -38,8 +38,8 @@ def their_network(arguments: Mapping[str, Any], weights: Mapping[str, Tensor] | 
         functional=SimpleNamespace(resize=resize), InterpolationMode=SimpleNamespace(NEAREST=None)
     )
     if not hasattr(transformer_cosmos, "transforms"):
-        transformer_cosmos.transforms = stand_in
-    network = CosmosTransformer3DModel(**diffusers_arguments(all_arguments(arguments)))
+        vars(transformer_cosmos)["transforms"] = stand_in
+    network: Any = CosmosTransformer3DModel(**diffusers_arguments(all_arguments(arguments)))
     if weights is not None:
         network.load_state_dict(to_diffusers(dict(weights)))
     return network

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 WARM_UP = 3  # rounds
+SLOW = 5  # times slower than the fastest: timed apart
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,19 @@ class Time:
 
 
 def take_turns(rivals: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Time]:
-    """Time all rivals in each round, so that what slows the machine down slows all of them."""
+    """Time all rivals in each round, so that what slows the machine down slows all of them.
+
+    Those that are many times slower take their turns afterwards: in the same rounds they would
+    leave the data of the others cold, in caches and page tables.
+    """
+    first = {name: min(_seconds(call) for _ in range(WARM_UP)) for name, call in rivals.items()}
+    fastest = min(first.values())
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    for number in range(WARM_UP + rounds):
-        for name, call in rivals.items():
-            wait()
-            started = time.perf_counter()
-            call()
-            wait()
-            if number >= WARM_UP:
-                seconds[name].append(time.perf_counter() - started)
+    for is_slow, count in ((False, rounds), (True, max(3, rounds // 3))):
+        chosen = {n: rivals[n] for n, value in first.items() if (value > SLOW * fastest) == is_slow}
+        for _ in range(count):
+            for name, call in chosen.items():
+                seconds[name].append(_seconds(call))
     return {name: _summary(values) for name, values in seconds.items()}
 
 
@@ -94,6 +98,14 @@ def markdown(rows: list[dict[str, Any]], columns: Mapping[str, Callable[[Any], s
     lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]
     lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
     return "\n".join(lines)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    wait()
+    started = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - started
 
 
 def _summary(values: list[float]) -> Time:

@@ -20,21 +20,44 @@ from .multi_tensor import DenseRows, Row, classes_of
 
 PIECES = 8  # per call: more save calls and cost compile time
 SMALL = 32768  # tensors of fewer elements are joined into one piece
+SAMPLE = 2**18  # elements that code is planned for
 COMPILATIONS = 64  # of one function in a process
 
 Batch = tuple[Any, ...]  # per column a list of tensors, or None
 
 
-@cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile` of a function over batches, of any size each.
+class Compiled:
+    """`torch.compile` of a function over lists of flat pieces, of any size each.
 
-    Every combination of dtypes and options is one compilation of the same code.
+    Every combination of dtypes and options is one compilation of the same code. The compiler plans
+    loops and threads for the sizes of the first call, so the first call of every combination is one
+    on samples of the size of real work, each of another size.
     """
-    limit: dict[str, Any] = {}
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # PyTorch 2.12
-        limit["recompile_limit"] = COMPILATIONS
-    return torch.compile(function, dynamic=True, fullgraph=True, **limit)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        limit: dict[str, Any] = {}
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:  # PyTorch 2.12
+            limit["recompile_limit"] = COMPILATIONS
+        self._function = torch.compile(function, dynamic=True, fullgraph=True, **limit)
+        self._planned: set[Any] = set()
+
+    def __call__(self, lists: Sequence[Any], *options: Any) -> Any:
+        """Call the function with lists of pieces (or None in their place), then other arguments."""
+        key = (
+            *(_kind(pieces) for pieces in lists),
+            *(type(o) if isinstance(o, Tensor | tuple) else o for o in options),
+            torch.get_num_threads(),
+        )
+        if key not in self._planned:
+            self._function(*(_samples(pieces) for pieces in lists), *options)
+            self._planned.add(key)
+        return self._function(*lists, *options)
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Compiled:
+    """The same object for the same function."""
+    return Compiled(function)
 
 
 def batches(
@@ -67,10 +90,8 @@ def batches(
         pieces = _cut(rows)
         for start in range(0, len(pieces), PIECES):
             batch = pieces[start : start + PIECES]
-            is_regular = len(batch) == PIECES
-            if is_regular:
-                _let_sizes_vary(batch)
-            yield is_regular, tuple(_column(column) for column in zip(*batch, strict=True))
+            columns_of_batch = tuple(_column(column) for column in zip(*batch, strict=True))
+            yield len(batch) == PIECES, columns_of_batch
         if joined:
             _split_back(joined, small, written)
     dense.write_back()
@@ -103,12 +124,19 @@ def _cut(rows: list[Row]) -> list[Row]:
     return rows[:largest] + rows[largest + 1 :] + cuts
 
 
-def _let_sizes_vary(rows: Sequence[Row]) -> None:
-    """Have each size compiled as a number of its own, also where two are equal by chance."""
-    for row in rows:
-        for tensor in row:
-            if tensor is not None:
-                torch._dynamo.mark_dynamic(tensor, 0)
+def _kind(pieces: Any) -> Any:
+    first = pieces[0] if pieces else None
+    return None if first is None else (len(pieces), first.dtype, first.device)
+
+
+def _samples(pieces: Any) -> Any:
+    """Zeros in the place of pieces; two of equal size would be compiled as always equal."""
+    if _kind(pieces) is None:
+        return pieces
+    return [
+        torch.zeros(SAMPLE + 16 * (index % PIECES), dtype=piece.dtype, device=piece.device)
+        for index, piece in enumerate(pieces)
+    ]
 
 
 def _split_back(joined: Row, rows: Sequence[Row], written: Sequence[bool]) -> None:

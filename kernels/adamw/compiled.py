@@ -36,13 +36,12 @@ def _update(
     absent = [None] * len(params)
     columns = (params, grads, exp_avgs, exp_avg_sqs, masters, ema or absent)
     for is_regular, batch in batches(columns, WRITTEN):
-        function = compiled(reference.update_lists) if is_regular else reference.update_lists
-        pieces, gradients, averages, squares, their_masters, shadows = batch
-        their_masters = their_masters or [None] * len(pieces)
-        function(
-            pieces, gradients, averages, squares, their_masters, shadows,
-            scalars, applied, adam_w_mode,
-        )  # fmt: skip
+        arguments: list[Any] = list(batch)
+        arguments[4] = batch[4] or [None] * len(batch[0])  # masters
+        if is_regular:
+            compiled(reference.update_lists)(arguments, scalars, applied, adam_w_mode)
+        else:
+            reference.update_lists(*arguments, scalars, applied, adam_w_mode)  # type: ignore[call-arg]
 
 
 adamw_step = partial(reference.adamw_step, update=_update)
@@ -54,7 +53,7 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
     if not grads:
         return torch.zeros(())
     squared: list[Any] = [torch.zeros(1, dtype=torch.float64, device=grads[0].device)]
-    for is_regular, (pieces,) in batches((grads,), (False,)):
-        function = compiled(reference.squared_norms) if is_regular else reference.squared_norms
-        squared.append(function(pieces))
+    for is_regular, batch in batches((grads,), (False,)):
+        squared_norms = reference.squared_norms
+        squared.append(compiled(squared_norms)(batch) if is_regular else squared_norms(*batch))
     return reference.norm_of(torch.cat(squared))

@@ -22,6 +22,8 @@ def _average(shadows: list[Tensor], params: list[Tensor], beta: Tensor, compleme
     profiles = [shadows[start : start + count] for start in range(0, len(shadows), count or 1)]
     written = (False,) + (True,) * len(profiles)
     for is_regular, (sources, *averages) in batches((params, *profiles), written):
-        function = compiled(reference.average_lists) if is_regular else reference.average_lists
-        flat = [piece for pieces in averages for piece in pieces or ()]
-        function(flat, sources, beta, complement)
+        flat = [piece for pieces in averages for piece in pieces]
+        if is_regular:
+            compiled(reference.average_lists)((flat, sources), beta, complement)
+        else:
+            reference.average_lists(flat, sources, beta, complement)
