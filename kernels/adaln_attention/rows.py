@@ -92,7 +92,7 @@ def launch_rows(
         rows: per program.
         arguments: the further arguments.
         warp_width: elements of a row per warp; 512 at least where a warp has 64 lanes.
-        max_registers: see `launch`; holds up to a width of 4096, wider rows take what they need.
+        max_registers: see `launch`; wider rows than 4096 and rows with a mask need more.
     """
     B, L, D = x_BLD.shape
     amd = is_amd(target_of(x_BLD.device))
@@ -111,7 +111,7 @@ def launch_rows(
         },
         device=x_BLD.device,
         num_warps=min(max(warps, 1), 16),
-        max_registers=max_registers if block <= 4096 else None,
+        max_registers=max_registers if D == block <= 4096 else None,
     )
 
 
