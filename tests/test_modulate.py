@@ -12,7 +12,16 @@ repair()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from modulate_oracle import TRITON, check, exact, inputs_of, outputs_of, run  # noqa: E402
+from modulate_oracle import (  # noqa: E402
+    TRITON,
+    check,
+    converted,
+    exact,
+    inputs_of,
+    outputs_of,
+    relative_rms,
+    run,
+)
 from torch import Tensor  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
@@ -73,6 +82,39 @@ def test_any_strides(name: str) -> None:
     inputs[vectors[0]] = inputs[vectors[0]].detach()[:1].expand(2, -1).requires_grad_()
     inputs[vectors[-1]] = inputs[vectors[-1]].detach().t().contiguous().t().requires_grad_()
     check(name, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["adaln_modulate", "residual_adaln_modulate"])
+def test_a_large_mean_does_not_drown_the_variance(name: str) -> None:
+    """As a sum of squares minus a square would: 1e4 in float32 leaves 1e-3 of a variance of 1."""
+    inputs = inputs_of(name, L=9)
+    inputs["x_BLD"] = (inputs["x_BLD"].detach() + 100).requires_grad_()
+    actual = outputs_of(TRITON[name](**inputs))[-1]
+    expected = outputs_of(exact(name)(**converted(inputs, torch.float64)))[-1]
+    assert relative_rms(actual, expected) <= 3e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kept"),
+    [
+        ("adaln_modulate", {"position": None}, 1),
+        ("adaln_modulate", {}, 1),
+        ("residual_adaln_modulate", {}, 2),
+        ("gated_residual", {}, 1),
+    ],
+)
+def test_what_is_kept_for_the_backward_pass(name: str, options: dict[str, Any], kept: int) -> None:
+    """x' and y where they are needed, and never the normalised tokens."""
+    inputs = inputs_of(name, B=2, L=9, D=64, **options)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        outputs = outputs_of(TRITON[name](**inputs))
+    tokens = [tensor for tensor in saved if tensor.shape == (2, 9, 64)]
+    others = [*inputs.values(), outputs[0] if len(outputs) == 2 else None]
+    known = {tensor.data_ptr() for tensor in others if isinstance(tensor, Tensor)}
+    assert len(tokens) == kept
+    assert {tensor.data_ptr() for tensor in tokens} <= known
+    assert all(tensor.numel() <= 2 * 64 for tensor in saved if tensor.dim() == 2)
 
 
 @pytest.mark.parametrize("name", TRITON)

@@ -101,14 +101,15 @@ def test_rows_are_addressed_in_64_bits(name: str, options: dict[str, Any]) -> No
         assert set(offsets) == {"i64"}, launch.kernel
 
 
-RUNS = [
+RUNS: list[Any] = [
     pytest.param(name, case.options, dtype, id=f"{name}-{label}-{str(dtype)[6:]}")
     for name in TRITON
     for label, case in kernels.OPS[name].cases.items()
     for dtype in ([torch.bfloat16] if label == "full_width" else [torch.float32, torch.bfloat16])
 ] + [
-    pytest.param(name, {"B": 1, "L": 5, "D": 4096}, torch.bfloat16, id=f"{name}-7B-bfloat16")
+    pytest.param(name, {"B": B, "L": L, "D": D}, torch.bfloat16, id=f"{name}-{B}x{L}x{D}-bfloat16")
     for name in TRITON
+    for B, L, D in [(1, 1, 64), (1, 5, 4096)]
 ]
 
 
