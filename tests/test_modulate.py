@@ -306,7 +306,7 @@ def backward_bytes(name: str, inputs: dict[str, Any]) -> int:
     ("name", "options"),
     [
         ("adaln_modulate", {"position": None}),
-        ("adaln_modulate", {"position": "BLD"}),
+        ("adaln_modulate", {"position": "LD"}),
         ("residual_adaln_modulate", {}),
         ("gated_residual", {}),
         ("gated_residual", {"addend": False}),

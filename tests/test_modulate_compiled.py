@@ -38,10 +38,10 @@ VARIANTS = [
 
 
 def launches(name: str, target: str, dtype: torch.dtype, **options: Any) -> list[Launch]:
-    """Of the forward and the backward pass; few tokens, since only the width matters."""
+    """Of the forward and the backward pass; with 256 tokens, sums have the tiles of any more."""
     from bench.compiled import launches_of
 
-    inputs = inputs_of(name, dtype, L=3, **options)
+    inputs = inputs_of(name, dtype, L=256, **options)
     return launches_of(lambda **named: run(TRITON[name], named), inputs, target)
 
 

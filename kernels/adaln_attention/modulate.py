@@ -115,7 +115,10 @@ def adaln_modulate(
     eps: float,
     position_LD: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """As `reference.adaln_modulate`, in one launch, and two to three of the gradients."""
+    """As `reference.adaln_modulate`, in one launch, and two of the gradients.
+
+    A third sums the gradient of a position that several samples share.
+    """
     check_rows(
         "adaln_modulate",
         x_BLD,
@@ -123,6 +126,8 @@ def adaln_modulate(
         scale_BD=(scale_BD, "BD"),
         position_LD=(position_LD, "LD|BLD"),
     )
+    if position_LD is not None and len(x_BLD) == 1:
+        position_LD = position_LD.reshape(x_BLD.shape)  # its gradient is that of x: nothing to sum
     total_BLD, h_BLD, _, _ = _modulate(x_BLD, position_LD, None, shift_BD, scale_BD, eps)
     return h_BLD if position_LD is None else (total_BLD, h_BLD)
 
