@@ -99,6 +99,7 @@ def launch(
     device: torch.device,
     num_warps: int,
     num_stages: int | None = None,
+    max_registers: int | None = None,
     fused_multiply_add: bool = False,
     tensors: Sequence[Tensor] = (),
 ) -> None:
@@ -111,6 +112,8 @@ def launch(
         device: where the tensors are.
         num_warps: warps per program.
         num_stages: depth of software pipelines; None leaves it to the compiler.
+        max_registers: per lane, so that more programs share a multiprocessor; NVIDIA GPUs only,
+            since elsewhere the compiler has no such option.
         fused_multiply_add: contract products and sums. Without, every backend rounds alike, which
             costs nothing where a kernel waits for memory.
         tensors: tensors that the kernel reaches through addresses in a table.
@@ -120,6 +123,8 @@ def launch(
     options = {"num_warps": num_warps, "enable_fp_fusion": fused_multiply_add}
     if num_stages is not None:
         options["num_stages"] = num_stages
+    if max_registers is not None and not is_amd(target_of(device)):
+        options["maxnreg"] = max_registers
     interceptor = _interceptor.get()
     if interceptor:
         interceptor[1](Launch(kernel, grid, arguments, options, interceptor[0], tensors))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..registry import Op, register
+from ..registry import FLOATS, Case, Op, register
 from . import reference
 
 EPS = 1e-6
@@ -37,16 +37,17 @@ def adaln_modulate_inputs(
     B: int = 2,
     L: int = 77,
     D: int = 96,
-    position: bool = True,
+    position: str | None = "LD",
 ) -> dict[str, Any]:
-    """Tokens that open a block, with or without the positional embedding of every block."""
+    """Tokens that open a block; a positional embedding is one for all ("LD") or one per sample."""
+    shape = {"LD": (L, D), "BLD": (B, L, D)}
     modulation = _modulation(B, D, dtype, device)
     return {
         "x_BLD": _leaf(B, L, D, dtype=dtype, device=device),
         "shift_BD": modulation["shift_BD"],
         "scale_BD": modulation["scale_BD"],
         "eps": EPS,
-        "position_LD": _leaf(L, D, dtype=dtype, device=device) if position else None,
+        "position_LD": _leaf(*shape[position], dtype=dtype, device=device) if position else None,
     }
 
 
@@ -166,27 +167,48 @@ register(
     Op(
         "adaln_modulate",
         reference.adaln_modulate,
-        triton=None,
+        triton="kernels.adaln_attention.modulate:adaln_modulate",
         inputs=adaln_modulate_inputs,
         cost=adaln_modulate_cost,
+        cases={
+            "position": Case({"L": 21}),
+            "position_per_sample": Case({"L": 21, "position": "BLD"}),
+            "plain": Case({"L": 21, "position": None}),
+            "full_width": Case({"L": 21, "D": 128}),
+            "odd_width": Case({"B": 3, "L": 19, "D": 65}),
+        },
+        sizes={"7B": Case({"B": 1, "L": 56320, "D": 4096, "position": None}, FLOATS[1:])},
     )
 )
 register(
     Op(
         "residual_adaln_modulate",
         reference.residual_adaln_modulate,
-        triton=None,
+        triton="kernels.adaln_attention.modulate:residual_adaln_modulate",
         inputs=residual_adaln_modulate_inputs,
         cost=residual_adaln_modulate_cost,
+        cases={
+            "padded_width": Case({"L": 21}),
+            "full_width": Case({"L": 21, "D": 128}),
+            "odd_width": Case({"B": 3, "L": 19, "D": 65}),
+        },
+        sizes={"7B": Case({"B": 1, "L": 56320, "D": 4096}, FLOATS[1:])},
     )
 )
 register(
     Op(
         "gated_residual",
         reference.gated_residual,
-        triton=None,
+        triton="kernels.adaln_attention.gated_residual:gated_residual",
         inputs=gated_residual_inputs,
         cost=gated_residual_cost,
+        cases={
+            "addend": Case({"L": 21}),
+            "plain": Case({"L": 21, "addend": False}),
+            "full_width": Case({"L": 21, "D": 128}),
+            "odd_width": Case({"B": 3, "L": 19, "D": 65}),
+        },
+        sizes={"7B": Case({"B": 1, "L": 56320, "D": 4096}, FLOATS[1:])},
     )
 )
 register(
