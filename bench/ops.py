@@ -27,6 +27,7 @@ from .peers import PEERS
 from .timing import describe, machine, markdown, memory_pass, take_turns
 
 LIMIT = "memory pass"
+GPU_SIZES = ("7B",)  # would take minutes on a CPU
 COLUMNS: dict[str, Callable[[Any], str]] = {
     "op": str,
     "size": str,
@@ -76,7 +77,10 @@ def time_op(op: Op, sizes: list[str] | None, device: str, rounds: int) -> list[d
     for size, spec in op.sizes.items():
         if sizes and size not in sizes:
             continue
-        inputs = op.inputs(device=device, **spec.options)
+        if device == "cpu" and size in GPU_SIZES:
+            print(f"{op.name} {size}: left to a GPU", flush=True)
+            continue
+        inputs = op.inputs(device=device, dtype=spec.dtypes[0], **spec.options)
         work = {b: _work(op, b, device, copy.deepcopy(inputs)) for b in backends}
         peers = {name: make(inputs) for name, make in PEERS.get(op.name, {}).items()}
         moved = _bytes(op, inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -38,12 +39,17 @@ def test_one_op_may_differ_from_the_rest() -> None:
         ({"default": "cuda"}, "auto, triton, compile, reference"),
         ({"attention": "fast"}, "kernels.attention=fast: choose one of"),
         ({"atention": "reference"}, "unknown op atention; ops are .*attention"),
-        ({"attention": "triton"}, "kernels.attention=reference"),
     ],
 )
 def test_a_wrong_choice_names_the_right_ones(choice: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kernels.select(**choice)
+
+
+def test_an_op_without_a_kernel_says_so() -> None:
+    op = dataclasses.replace(kernels.OPS["attention"], triton=None)
+    with pytest.raises(ValueError, match=r"no Triton kernel; set kernels\.attention=reference"):
+        op.build("triton")
 
 
 def test_compile_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,7 +177,10 @@ register(
             "full_width": Case({"L": 21, "D": 128}),
             "odd_width": Case({"B": 3, "L": 19, "D": 65}),
         },
-        sizes={"7B": Case({"B": 1, "L": 56320, "D": 4096, "position": None}, FLOATS[1:])},
+        sizes={
+            "2k_tokens": Case({"B": 1, "L": 2048, "D": 512, "position": None}),
+            "7B": Case({"B": 1, "L": 56320, "D": 4096, "position": None}, FLOATS[1:]),
+        },
     )
 )
 register(
@@ -192,7 +195,10 @@ register(
             "full_width": Case({"L": 21, "D": 128}),
             "odd_width": Case({"B": 3, "L": 19, "D": 65}),
         },
-        sizes={"7B": Case({"B": 1, "L": 56320, "D": 4096}, FLOATS[1:])},
+        sizes={
+            "2k_tokens": Case({"B": 1, "L": 2048, "D": 512}),
+            "7B": Case({"B": 1, "L": 56320, "D": 4096}, FLOATS[1:]),
+        },
     )
 )
 register(
@@ -208,7 +214,10 @@ register(
             "full_width": Case({"L": 21, "D": 128}),
             "odd_width": Case({"B": 3, "L": 19, "D": 65}),
         },
-        sizes={"7B": Case({"B": 1, "L": 56320, "D": 4096}, FLOATS[1:])},
+        sizes={
+            "2k_tokens": Case({"B": 1, "L": 2048, "D": 512}),
+            "7B": Case({"B": 1, "L": 56320, "D": 4096}, FLOATS[1:]),
+        },
     )
 )
 register(
