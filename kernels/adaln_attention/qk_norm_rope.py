@@ -26,7 +26,7 @@ from .qk_norm_rope_kernels import (
     weight_gradients_kernel,
 )
 
-TILE = 2048  # rotary pairs per iteration: 8 per lane of 8 warps, two 128-bit accesses in bfloat16
+LANES = 256  # of a program; each loads 128 bits of either half of a head at a time
 FEW_HEADS = 16  # fewer per tile load cosines and sines too often for the heads that share them
 MAX_HEAD_SIZE = 256
 BACKWARD_PROGRAMS = 1024  # per weight: several waves on any GPU, 55 tokens each at 56,320
@@ -64,7 +64,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     check_device("qk_norm_rope", q_BLNK.device)
     q_out, k_out = _empty_like(q_BLNK), _empty_like(k_BMNK)
-    blocks = _blocks(q_BLNK)
+    blocks = _blocks(q_BLNK, k_BMNK)
     q_tiles, k_tiles = _tiles(q_BLNK, blocks), _tiles(k_BMNK, blocks)
     launch(
         qk_norm_rope_kernel,
@@ -109,7 +109,7 @@ def _backward(
     q_out_grad, k_out_grad = _with_contiguous_heads(q_out_grad), _with_contiguous_heads(k_out_grad)
     q_grad, k_grad = _empty_like(q_BLNK), _empty_like(k_BMNK)
     q_weight_grad, k_weight_grad = torch.empty_like(q_weight_K), torch.empty_like(k_weight_K)
-    blocks = _blocks(q_BLNK)
+    blocks = _blocks(q_BLNK, k_BMNK)
     q_tiles, k_tiles = _tiles(q_BLNK, blocks), _tiles(k_BMNK, blocks)
     q_programs, k_programs = min(q_tiles, BACKWARD_PROGRAMS), min(k_tiles, BACKWARD_PROGRAMS)
     partials = torch.empty(q_programs + k_programs, K, dtype=torch.float32, device=device)
@@ -191,21 +191,21 @@ def _with_contiguous_heads(x_BLNK: Tensor) -> Tensor:
 
 
 def _warps(x_BLNK: Tensor) -> int:
-    """256 lanes, whatever the size of a warp."""
-    return 4 if is_amd(target_of(x_BLNK.device)) else 8
+    return LANES // (64 if is_amd(target_of(x_BLNK.device)) else 32)
 
 
-def _blocks(x_BLNK: Tensor) -> dict[str, int]:
+def _blocks(q_BLNK: Tensor, k_BMNK: Tensor) -> dict[str, int]:
     """Shape of a tile: as many heads at a time as leave the fewest lanes idle."""
-    N, R = x_BLNK.shape[2], x_BLNK.shape[3] // 2
+    N, R = q_BLNK.shape[2], q_BLNK.shape[3] // 2
+    tile = LANES * 16 // max(q_BLNK.itemsize, k_BMNK.itemsize)
     block_r = triton.next_power_of_2(R)
-    limit = min(triton.next_power_of_2(N), TILE // block_r)
+    limit = min(triton.next_power_of_2(N), tile // block_r)
     block_n = min(
         (limit >> halvings for halvings in range(3) if limit >> halvings >= FEW_HEADS),
         key=lambda heads: triton.cdiv(N, heads) * heads,
         default=limit,
     )
-    block_t = TILE // (block_r * block_n)
+    block_t = tile // (block_r * block_n)
     return {"N": N, "R": R, "BLOCK_T": block_t, "BLOCK_N": block_n, "BLOCK_R": block_r}
 
 

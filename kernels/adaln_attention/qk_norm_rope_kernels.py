@@ -159,17 +159,19 @@ def norm_rope_backward_tiles(
             turned1 = dy1 * cos + dy2 * sin
             dy2 = dy2 * cos - dy1 * sin
             dy1 = turned1
+        rstd = tl.rsqrt(head_mean(x1 * x1 + x2 * x2, R) + eps)
+        dy1 *= rstd
+        dy2 *= rstd
+        total1 += dy1 * x1
+        total2 += dy2 * x2
         # Loaded anew for every tile, from the cache: held in registers, the weight would cost a
         # third of the programs that fit on a multiprocessor.
         weight1, weight2 = load_pairs(weight, pair, pair < R, R)
-        u1 = dy1 * weight1
-        u2 = dy2 * weight2
-        rstd = tl.rsqrt(head_mean(x1 * x1 + x2 * x2, R) + eps)
-        along = head_mean(u1 * x1 + u2 * x2, R) * rstd * rstd
-        total1 += dy1 * (x1 * rstd)
-        total2 += dy2 * (x2 * rstd)
-        dx1 = rstd * (u1 - x1 * along)
-        dx2 = rstd * (u2 - x2 * along)
+        dy1 *= weight1
+        dy2 *= weight2
+        along = head_mean(dy1 * x1 + dy2 * x2, R) * rstd * rstd
+        dx1 = dy1 - x1 * along
+        dx2 = dy2 - x2 * along
         store_pairs(grad, contiguous(token, head, pair, N, R), mask, dx1, dx2, R)
     pair = tl.arange(0, BLOCK_R)
     total1 = tl.sum(tl.sum(total1, axis=0), axis=0)
