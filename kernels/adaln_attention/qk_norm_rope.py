@@ -27,7 +27,6 @@ from .qk_norm_rope_kernels import (
 )
 
 LANES = 256  # of a program; each loads 128 bits of either half of a head at a time
-FEW_HEADS = 16  # fewer per tile load cosines and sines too often for the heads that share them
 MAX_HEAD_SIZE = 256
 BACKWARD_PROGRAMS = 1024  # per weight: several waves on any GPU, 55 tokens each at 56,320
 SUM_ROWS, SUM_COLUMNS = 128, 16  # of partial sums per iteration
@@ -195,15 +194,21 @@ def _warps(x_BLNK: Tensor) -> int:
 
 
 def _blocks(q_BLNK: Tensor, k_BMNK: Tensor) -> dict[str, int]:
-    """Shape of a tile: as many heads at a time as leave the fewest lanes idle."""
+    """Shape of a tile: as many heads at a time as leave the fewest lanes idle.
+
+    A tile has fewer cosines than lanes, so that every lane loads those that it needs; more of them
+    would be loaded in narrow accesses and pass through shared memory. Where there are too few heads
+    for that, a tile has one, and cosines have the shape of the heads.
+    """
     N, R = q_BLNK.shape[2], q_BLNK.shape[3] // 2
-    tile = LANES * 16 // max(q_BLNK.itemsize, k_BMNK.itemsize)
+    per_lane = 16 // max(q_BLNK.itemsize, k_BMNK.itemsize)
+    tile = LANES * per_lane
     block_r = triton.next_power_of_2(R)
     limit = min(triton.next_power_of_2(N), tile // block_r)
     block_n = min(
-        (limit >> halvings for halvings in range(3) if limit >> halvings >= FEW_HEADS),
+        (limit >> halvings for halvings in range(3) if limit >> halvings > per_lane),
         key=lambda heads: triton.cdiv(N, heads) * heads,
-        default=limit,
+        default=1,
     )
     block_t = tile // (block_r * block_n)
     return {"N": N, "R": R, "BLOCK_T": block_t, "BLOCK_N": block_n, "BLOCK_R": block_r}

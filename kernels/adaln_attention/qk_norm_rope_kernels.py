@@ -42,12 +42,13 @@ def locate(
     N: tl.constexpr, R: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Tokens, heads and pairs of a tile, along axes 0, 1, 2, and which of them exist."""
+    """Tokens, heads and pairs of a tile, along axes 0, 1, 2; masks of what exists, of its rope."""
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     token = tile // BLOCKS * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
     head = tile % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)[None, :, None]
     pair = tl.arange(0, BLOCK_R)[None, None, :]
-    return token, head, pair, (token < tokens) & (head < N) & (pair < R)
+    rope_mask = (token < tokens) & (pair < R)
+    return token, head, pair, rope_mask & (head < N), rope_mask
 
 
 @triton.jit
@@ -100,7 +101,7 @@ def norm_rope_tile(
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries or of keys, forward."""
-    token, head, pair, mask = locate(tile, tokens, N, R, BLOCK_T, BLOCK_N, BLOCK_R)
+    token, head, pair, mask, rope_mask = locate(tile, tokens, N, R, BLOCK_T, BLOCK_N, BLOCK_R)
     offsets = strided(token, head, pair, length, stride_b, stride_l, stride_n)
     x1, x2 = load_pairs(x, offsets, mask, R)
     weight1, weight2 = load_pairs(weight, pair, pair < R, R)
@@ -108,7 +109,7 @@ def norm_rope_tile(
     y1 = x1 * rstd * weight1
     y2 = x2 * rstd * weight2
     if rope is not None:
-        cos, sin = load_rope(rope, token, pair, mask, length, rope_stride_c, rope_stride_l)
+        cos, sin = load_rope(rope, token, pair, rope_mask, length, rope_stride_c, rope_stride_l)
         rotated1 = y1 * cos - y2 * sin
         y2 = y2 * cos + y1 * sin
         y1 = rotated1
@@ -149,13 +150,13 @@ def norm_rope_backward_tiles(
     total1 = tl.zeros([BLOCK_T, BLOCK_N, BLOCK_R], tl.float32)
     total2 = tl.zeros([BLOCK_T, BLOCK_N, BLOCK_R], tl.float32)
     for tile in range(number, tiles, programs):
-        token, head, pair, mask = locate(tile, tokens, N, R, BLOCK_T, BLOCK_N, BLOCK_R)
+        token, head, pair, mask, rope_mask = locate(tile, tokens, N, R, BLOCK_T, BLOCK_N, BLOCK_R)
         offsets = strided(token, head, pair, length, stride_b, stride_l, stride_n)
         x1, x2 = load_pairs(x, offsets, mask, R)
         offsets = strided(token, head, pair, length, grad_stride_b, grad_stride_l, grad_stride_n)
         dy1, dy2 = load_pairs(grad_out, offsets, mask, R)
         if rope is not None:
-            cos, sin = load_rope(rope, token, pair, mask, length, rope_stride_c, rope_stride_l)
+            cos, sin = load_rope(rope, token, pair, rope_mask, length, rope_stride_c, rope_stride_l)
             turned1 = dy1 * cos + dy2 * sin
             dy2 = dy2 * cos - dy1 * sin
             dy1 = turned1
