@@ -265,21 +265,19 @@ def _check(
     if K % 2 or not 2 <= K <= MAX_HEAD_SIZE:
         raise _error(f"heads have size {K}, but must be even and at most {MAX_HEAD_SIZE}")
     if k_BMNK.ndim != 4 or (k_BMNK.shape[0], *k_BMNK.shape[2:]) != (B, N, K):
-        raise _error(f"k has shape {tuple(k_BMNK.shape)}, but must be {[B, 'M', N, K]} like q")
+        raise _error(f"k has shape {tuple(k_BMNK.shape)}, but must be [{B}, M, {N}, {K}]")
     tensors = {"q": q_BLNK, "k": k_BMNK, "q_weight": q_weight_K, "k_weight": k_weight_K}
     for name in ("q_weight", "k_weight"):
         if tensors[name].shape != (K,):
             raise _error(f"{name} has shape {tuple(tensors[name].shape)}, but must be [{K}]")
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
-            raise _error(
-                f"{name} is {tensor.dtype}, but must be one of {', '.join(map(str, FLOATS))}"
-            )
+            allowed = ", ".join(str(dtype) for dtype in FLOATS)
+            raise _error(f"{name} is {tensor.dtype}, but must be one of {allowed}")
     if rope_2LR is not None:
-        if k_BMNK.shape[1] != L:
-            raise _error(
-                f"with positions q and k must be equally long, but L={L}, M={k_BMNK.shape[1]}"
-            )
+        M = k_BMNK.shape[1]
+        if M != L:
+            raise _error(f"with positions q and k must be equally long, but L={L} and M={M}")
         if rope_2LR.shape != (2, L, K // 2) or rope_2LR.dtype != torch.float32:
             raise _error(
                 f"rope has shape {tuple(rope_2LR.shape)} and is {rope_2LR.dtype}, but must be "

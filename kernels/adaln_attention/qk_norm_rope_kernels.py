@@ -151,8 +151,6 @@ def norm_rope_backward_tiles(
     total2 = tl.zeros([BLOCK_T, BLOCK_N, BLOCK_R], tl.float32)
     for tile in range(number, tiles, programs):
         token, head, pair, mask, rope_mask = locate(tile, tokens, N, R, BLOCK_T, BLOCK_N, BLOCK_R)
-        offsets = strided(token, head, pair, length, stride_b, stride_l, stride_n)
-        x1, x2 = load_pairs(x, offsets, mask, R)
         offsets = strided(token, head, pair, length, grad_stride_b, grad_stride_l, grad_stride_n)
         dy1, dy2 = load_pairs(grad_out, offsets, mask, R)
         if rope is not None:
@@ -160,6 +158,8 @@ def norm_rope_backward_tiles(
             turned1 = dy1 * cos + dy2 * sin
             dy2 = dy2 * cos - dy1 * sin
             dy1 = turned1
+        offsets = strided(token, head, pair, length, stride_b, stride_l, stride_n)
+        x1, x2 = load_pairs(x, offsets, mask, R)
         rstd = tl.rsqrt(head_mean(x1 * x1 + x2 * x2, R) + eps)
         dy1 *= rstd
         dy2 *= rstd
