@@ -95,15 +95,26 @@ def qk_norm_rope_inputs(
     M: int | None = None,
     N: int = 3,
     K: int = 32,
+    packed: bool = False,
+    weight_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Heads of self-attention with positions; with M, of cross-attention without."""
+    """Heads of self-attention with positions; with M, of cross-attention without.
+
+    Packed heads are slices of one projection [B, L, 3 * N * K], as where q, k, v have one matrix.
+    """
+    if packed:
+        projected = torch.randn(B, L, 3, N, K, dtype=dtype, device=device)
+        q_BLNK, k_BMNK = (projected[:, :, i].requires_grad_() for i in range(2))
+    else:
+        q_BLNK = _leaf(B, L, N, K, dtype=dtype, device=device)
+        k_BMNK = _leaf(B, L if M is None else M, N, K, dtype=dtype, device=device)
     angles_LR = torch.randn(L, K // 2, device=device) * 10
     rope_2LR = torch.stack([angles_LR.cos(), angles_LR.sin()]) if M is None else None
     return {
-        "q_BLNK": _leaf(B, L, N, K, dtype=dtype, device=device),
-        "k_BMNK": _leaf(B, L if M is None else M, N, K, dtype=dtype, device=device),
-        "q_weight_K": _leaf(K, dtype=dtype, device=device),
-        "k_weight_K": _leaf(K, dtype=dtype, device=device),
+        "q_BLNK": q_BLNK,
+        "k_BMNK": k_BMNK,
+        "q_weight_K": _leaf(K, dtype=weight_dtype or dtype, device=device),
+        "k_weight_K": _leaf(K, dtype=weight_dtype or dtype, device=device),
         "rope_2LR": rope_2LR,
         "eps": EPS,
     }
@@ -224,9 +235,23 @@ register(
     Op(
         "qk_norm_rope",
         reference.qk_norm_rope,
-        triton=None,
+        triton="kernels.adaln_attention.qk_norm_rope:qk_norm_rope",
         inputs=qk_norm_rope_inputs,
         cost=qk_norm_rope_cost,
+        cases={
+            "one_head_per_tile": Case(),
+            "cross_attention": Case({"M": 11}),
+            "packed": Case({"L": 9, "N": 16, "K": 64, "packed": True}),
+            "token_per_tile": Case({"L": 5, "N": 32, "K": 128}),
+            "blocks_of_heads": Case({"B": 3, "L": 3, "N": 40, "K": 128}),
+            "few_tokens": Case({"B": 1, "L": 1, "M": 2, "N": 9, "K": 256}),
+            "padded_heads": Case({"B": 1, "L": 9, "N": 12, "K": 96}),
+            "float32_weights": Case({"weight_dtype": torch.float32}, FLOATS[1:]),
+        },
+        sizes={
+            "self_attention_7b": Case({"B": 1, "L": 56320, "N": 32, "K": 128}),
+            "cross_attention_7b": Case({"B": 1, "L": 56320, "M": 512, "N": 32, "K": 128}),
+        },
     )
 )
 register(
