@@ -6,13 +6,9 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from bench.interpreter import counted, repair, reversed_programs
-
-repair()
-
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from modulate_oracle import (  # noqa: E402
+import pytest
+import torch
+from modulate_oracle import (
     TRITON,
     check,
     converted,
@@ -22,11 +18,15 @@ from modulate_oracle import (  # noqa: E402
     relative_rms,
     run,
 )
-from torch import Tensor  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
+from op_cases import needs_interpreter
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-import kernels  # noqa: E402
-from kernels.adaln_attention import rows  # noqa: E402
+import kernels
+from bench.interpreter import counted, reversed_programs
+from kernels.adaln_attention import rows
+
+pytestmark = needs_interpreter
 
 CASES = [
     pytest.param(name, case.options, dtype, id=f"{name}-{label}-{str(dtype)[6:]}")

@@ -7,18 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from op_cases import needs_interpreter
 from torch import Tensor
 
-from bench.interpreter import counted, repair, reversed_programs
+from bench.interpreter import counted, reversed_programs
+from bench.parity import FLOAT32_TOLERANCE, FLOOR, LOW_PRECISION_FACTOR, relative_rms, run
+from kernels import OPS, Case
+from kernels.adaln_attention import qk_norm_rope as module
+from kernels.adaln_attention.qk_norm_rope import qk_norm_rope
+from kernels.registry import FLOATS
 
-repair()
-
-from test_ops import FLOAT32_TOLERANCE, FLOOR, LOW_PRECISION_FACTOR, relative_rms, run  # noqa: E402
-
-from kernels import OPS, Case  # noqa: E402
-from kernels.adaln_attention import qk_norm_rope as module  # noqa: E402
-from kernels.adaln_attention.qk_norm_rope import qk_norm_rope  # noqa: E402
-from kernels.registry import FLOATS  # noqa: E402
+pytestmark = needs_interpreter
 
 OP = OPS["qk_norm_rope"]
 BYTES_RATIO, UNIQUE_RATIO = 1.05, 1.02

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from emulator import emulated
-from test_ops import FLOAT32_TOLERANCE, relative_rms, run
 from torch import Tensor
 
 from bench.compiled import TARGETS, Code, access_bits, inspect
+from bench.parity import FLOAT32_TOLERANCE, relative_rms, run
 from kernels import OPS
 from kernels.adaln_attention import qk_norm_rope as module
 from kernels.adaln_attention.qk_norm_rope import qk_norm_rope
