@@ -199,5 +199,11 @@ register(
     )
 )
 register(
-    Op("attention", reference.attention, triton=None, inputs=attention_inputs, cost=attention_cost)
+    Op(
+        "attention",
+        reference.attention,
+        triton="kernels.adaln_attention.flash:attention",
+        inputs=attention_inputs,
+        cost=attention_cost,
+    )
 )
