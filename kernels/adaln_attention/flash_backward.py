@@ -10,7 +10,6 @@ Letters: B batch, L queries, M keys, N heads, K head size.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -31,24 +31,20 @@ def describe(
 
 
 @triton.jit
-def tile_pointers(
-    pointer, first, stride, length,
-    K: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    """Pointers and mask of BLOCK rows from `first` on; int64, as tensors may exceed 2^31."""
-    rows = tl.arange(0, BLOCK)
-    columns = tl.arange(0, WIDTH)
+def tile_pointers(pointer, first, stride, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Pointers to BLOCK rows from `first` on; in int64, as tensors may exceed 2^31 elements."""
+    rows = tl.arange(0, BLOCK).to(tl.int64)
     stride = tl.cast(stride, tl.int64)
-    pointers = pointer + first * stride + (rows[:, None] * stride + columns[None, :])
-    if RAGGED and WIDTH != K:
-        mask = (first + rows < length)[:, None] & (columns < K)[None, :]
-    elif RAGGED:
-        mask = (first + rows < length)[:, None]
-    elif WIDTH != K:
-        mask = (columns < K)[None, :]
-    else:
-        mask = None
-    return pointers, mask
+    return pointer + first * stride + rows[:, None] * stride + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def tile_mask(first, length, K: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """What of a tile lies inside the tensor."""
+    mask = (first + tl.arange(0, BLOCK) < length)[:, None]
+    if WIDTH != K:
+        mask = mask & (tl.arange(0, WIDTH) < K)[None, :]
+    return mask
 
 
 @triton.jit
@@ -60,12 +56,11 @@ def load_tile(
     """[BLOCK, WIDTH] from row `first` on; without RAGGED, all rows must be there."""
     if DESCRIPTORS:
         return source.load([first, 0])
+    elif RAGGED or WIDTH != K:
+        pointers = tile_pointers(source, first, stride, BLOCK, WIDTH)
+        return tl.load(pointers, mask=tile_mask(first, length, K, BLOCK, WIDTH), other=0.0)
     else:
-        pointers, mask = tile_pointers(source, first, stride, length, K, BLOCK, WIDTH, RAGGED)
-        if mask is None:
-            return tl.load(pointers)
-        else:
-            return tl.load(pointers, mask=mask, other=0.0)
+        return tl.load(tile_pointers(source, first, stride, BLOCK, WIDTH))
 
 
 @triton.jit
@@ -74,7 +69,8 @@ def store_tile(
     K: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Round `value` [BLOCK, WIDTH] to the tensor's dtype and write what lies inside it."""
-    pointers, mask = tile_pointers(pointer, first, stride, length, K, BLOCK, WIDTH, True)
+    pointers = tile_pointers(pointer, first, stride, BLOCK, WIDTH)
+    mask = tile_mask(first, length, K, BLOCK, WIDTH)
     tl.store(pointers, value.to(pointer.dtype.element_ty), mask=mask)
 
 
