@@ -29,6 +29,7 @@ from .flash_tiles import (
     store_tile,
     strides_of,
     usable,
+    without_absent,
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,40 +64,56 @@ def attention_kernel(
     maximum = tl.full([BLOCK_L], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_L], tl.float32)
     out = tl.zeros([BLOCK_L, WIDTH], tl.float32)
+    # The last keys, some of which may not be there, get code of their own: a mask costs time.
+    # Not so in float32, whose products keep their operands in registers.
+    PEELED: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
     last = (M - 1) // BLOCK_M * BLOCK_M
     if AHEAD:
-        k = load_tile(k_tiles, 0, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, True)
-        scores = tl.dot(q, k.T, input_precision="ieee")
-    for start in tl.range(0, last, BLOCK_M, num_stages=STAGES):
+        scores = score_tile(q, k_tiles, 0, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, False)
+    for start in tl.range(0, last if PEELED else M, BLOCK_M, num_stages=STAGES):
         if not AHEAD:
-            k = load_tile(k_tiles, start, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, False)
-            scores = tl.dot(q, k.T, input_precision="ieee")
+            scores = score_tile(
+                q, k_tiles, start, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, not PEELED
+            )
         weights, factor, maximum = softmax_step(scores, maximum, scale_log2)
         if AHEAD:
-            k = load_tile(k_tiles, start + BLOCK_M, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, True)
-            scores = tl.dot(q, k.T, input_precision="ieee")
+            scores = score_tile(
+                q, k_tiles, start + BLOCK_M, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, False
+            )
         total = total * factor + tl.sum(weights, 1)
         out *= factor[:, None]
-        v = load_tile(v_tiles, start, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, False)
+        v = load_tile(v_tiles, start, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, not PEELED)
         out = tl.dot(weights.to(v.dtype), v, out, input_precision="ieee")
-
-    # The last keys, some of which may not be there.
-    if not AHEAD:
-        k = load_tile(k_tiles, last, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, True)
-        scores = tl.dot(q, k.T, input_precision="ieee")
-    present = last + tl.arange(0, BLOCK_M) < M
-    scores = tl.where(present[None, :], scores, float("-inf"))
-    weights, factor, maximum = softmax_step(scores, maximum, scale_log2)
-    total = total * factor + tl.sum(weights, 1)
-    out *= factor[:, None]
-    v = load_tile(v_tiles, last, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, True)
-    out = tl.dot(weights.to(v.dtype), v, out, input_precision="ieee")
+    if PEELED:
+        if AHEAD:
+            scores = without_absent(scores, last, M, BLOCK_M, float("-inf"))
+        else:
+            scores = score_tile(q, k_tiles, last, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, True)
+        weights, factor, maximum = softmax_step(scores, maximum, scale_log2)
+        total = total * factor + tl.sum(weights, 1)
+        out *= factor[:, None]
+        v = load_tile(v_tiles, last, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, True)
+        out = tl.dot(weights.to(v.dtype), v, out, input_precision="ieee")
 
     out_ptr += sample * out_batch + head * out_head
     store_tile(out_ptr, first, out_row, L, out / total[:, None], K, BLOCK_L, WIDTH)
     rows = first + tl.arange(0, BLOCK_L)
     lse_ptr += (sample * tl.num_programs(1) + head) * L
     tl.store(lse_ptr + rows, (maximum + tl.log2(total)) * _LN_2, mask=rows < L)
+
+
+@triton.jit
+def score_tile(
+    q, k_tiles, first, k_row, M,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Q K^T of the keys from `first` on; with RAGGED, minus infinity for absent keys."""
+    k = load_tile(k_tiles, first, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, RAGGED)
+    scores = tl.dot(q, k.T, input_precision="ieee")
+    if RAGGED:
+        scores = without_absent(scores, first, M, BLOCK_M, float("-inf"))
+    return scores
 
 
 @triton.jit

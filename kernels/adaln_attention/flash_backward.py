@@ -24,6 +24,7 @@ from .flash_tiles import (
     store_tile,
     strides_of,
     usable,
+    without_absent,
 )
 
 _LOG2_E = tl.constexpr(LOG2_E)
@@ -128,32 +129,38 @@ def query_gradients_kernel(
     rows = first + tl.arange(0, BLOCK_L)
     lse, delta = load_statistics(lse_ptr + statistics, delta_ptr + statistics, rows, L)
     dq = tl.zeros([BLOCK_L, WIDTH], tl.float32)
+    PEELED: tl.constexpr = q_ptr.dtype.element_ty != tl.float32  # as in the forward pass
     last = (M - 1) // BLOCK_M * BLOCK_M
-    for start in tl.range(0, last, BLOCK_M, num_stages=STAGES):
-        k = load_tile(k_tiles, start, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, False)
-        v = load_tile(v_tiles, start, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, False)
-        dscores = score_gradients(q, k, v, grad, lse, delta, scale)
+    for start in tl.range(0, last if PEELED else M, BLOCK_M, num_stages=STAGES):
+        k = load_tile(k_tiles, start, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, not PEELED)
+        v = load_tile(v_tiles, start, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, not PEELED)
+        dscores = score_gradients(q, k, v, grad, lse, delta, scale, start, M, BLOCK_M, not PEELED)
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
-
-    # The last keys; the weight of an absent one may be infinite, so it is left out, not multiplied.
-    k = load_tile(k_tiles, last, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, True)
-    v = load_tile(v_tiles, last, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, True)
-    dscores = score_gradients(q, k, v, grad, lse, delta, scale)
-    present = last + tl.arange(0, BLOCK_M) < M
-    dscores = tl.where(present[None, :], dscores, 0.0)
-    dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
+    if PEELED:
+        k = load_tile(k_tiles, last, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, True)
+        v = load_tile(v_tiles, last, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, True)
+        dscores = score_gradients(q, k, v, grad, lse, delta, scale, last, M, BLOCK_M, True)
+        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
 
     dq_ptr += sample * dq_batch + head * dq_head
     store_tile(dq_ptr, first, dq_row, L, dq * scale, K, BLOCK_L, WIDTH)
 
 
 @triton.jit
-def score_gradients(q, k, v, grad, lse, delta, scale):
-    """dS = P * (dO V^T - delta) of a tile of queries and one of keys."""
+def score_gradients(
+    q, k, v, grad, lse, delta, scale, first, M, BLOCK_M: tl.constexpr, RAGGED: tl.constexpr
+):  # fmt: skip
+    """dS = P * (dO V^T - delta) of a tile of queries and the keys from `first` on.
+
+    The weight of an absent key may be infinite, so it is left out rather than multiplied by zero.
+    """
     scores = tl.dot(q, k.T, input_precision="ieee")
     dweights = tl.dot(grad, v.T, input_precision="ieee")
     weights = tl.exp2(scores * (scale * _LOG2_E) - lse[:, None])
-    return weights * (dweights - delta[:, None])
+    dscores = weights * (dweights - delta[:, None])
+    if RAGGED:
+        dscores = without_absent(dscores, first, M, BLOCK_M, 0.0)
+    return dscores
 
 
 def attention_gradients(

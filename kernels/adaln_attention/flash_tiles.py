@@ -74,6 +74,12 @@ def store_tile(
     tl.store(pointers, value.to(pointer.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def without_absent(values, first, length, BLOCK: tl.constexpr, other: tl.constexpr):
+    """`values` [rows, BLOCK] with `other` in the columns of keys that are not there."""
+    return tl.where((first + tl.arange(0, BLOCK) < length)[None, :], values, other)
+
+
 def usable(x_BLNK: Tensor) -> Tensor:
     """The tensor itself where kernels can read it as it lies, else a contiguous copy.
 
