@@ -47,8 +47,10 @@ def attention_kernel(
 ):  # fmt: skip
     """One tile of queries of one head of one sample.
 
-    AHEAD multiplies the next tile of keys before this tile of values: on sm_90 those products run
-    while the next softmax is computed. Elsewhere it costs registers that are not there.
+    With DESCRIPTORS the last keys, some of which may not be there, get code of their own, so that
+    no other tile is masked; pointers need masks anyway, and one copy of the code fewer registers.
+    AHEAD, of descriptors alone, multiplies the next tile of keys before this tile of values: on
+    sm_90 those products run while the softmax is computed.
     """
     first = tl.program_id(0) * BLOCK_L
     head = tl.program_id(1).to(tl.int64)
@@ -60,39 +62,37 @@ def attention_kernel(
     k_tiles = describe(k_ptr, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
     v_tiles = describe(v_ptr, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
 
-    q = load_tile(q_tiles, first, q_row, L, K, BLOCK_L, WIDTH, DESCRIPTORS, True)
+    q = load_tile(q_tiles, first, q_row, L, K, BLOCK_L, WIDTH, DESCRIPTORS)
     maximum = tl.full([BLOCK_L], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_L], tl.float32)
     out = tl.zeros([BLOCK_L, WIDTH], tl.float32)
-    # The last keys, some of which may not be there, get code of their own: a mask costs time.
-    # Not so in float32, whose products keep their operands in registers.
-    PEELED: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
     last = (M - 1) // BLOCK_M * BLOCK_M
     if AHEAD:
-        scores = score_tile(q, k_tiles, 0, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, False)
-    for start in tl.range(0, last if PEELED else M, BLOCK_M, num_stages=STAGES):
+        k = load_tile(k_tiles, 0, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
+        scores = tl.dot(q, k.T, input_precision="ieee")
+    for start in tl.range(0, last if DESCRIPTORS else M, BLOCK_M, num_stages=STAGES):
         if not AHEAD:
-            scores = score_tile(
-                q, k_tiles, start, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, not PEELED
-            )
+            k = load_tile(k_tiles, start, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
+            scores = tl.dot(q, k.T, input_precision="ieee")
+        if not DESCRIPTORS:
+            scores = without_absent(scores, start, M, BLOCK_M, float("-inf"))
         weights, factor, maximum = softmax_step(scores, maximum, scale_log2)
         if AHEAD:
-            scores = score_tile(
-                q, k_tiles, start + BLOCK_M, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, False
-            )
+            k = load_tile(k_tiles, start + BLOCK_M, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
+            scores = tl.dot(q, k.T, input_precision="ieee")
         total = total * factor + tl.sum(weights, 1)
         out *= factor[:, None]
-        v = load_tile(v_tiles, start, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, not PEELED)
+        v = load_tile(v_tiles, start, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
         out = tl.dot(weights.to(v.dtype), v, out, input_precision="ieee")
-    if PEELED:
-        if AHEAD:
-            scores = without_absent(scores, last, M, BLOCK_M, float("-inf"))
-        else:
-            scores = score_tile(q, k_tiles, last, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, True)
+    if DESCRIPTORS:
+        if not AHEAD:
+            k = load_tile(k_tiles, last, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
+            scores = tl.dot(q, k.T, input_precision="ieee")
+        scores = without_absent(scores, last, M, BLOCK_M, float("-inf"))
         weights, factor, maximum = softmax_step(scores, maximum, scale_log2)
         total = total * factor + tl.sum(weights, 1)
         out *= factor[:, None]
-        v = load_tile(v_tiles, last, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, True)
+        v = load_tile(v_tiles, last, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
         out = tl.dot(weights.to(v.dtype), v, out, input_precision="ieee")
 
     out_ptr += sample * out_batch + head * out_head
@@ -100,20 +100,6 @@ def attention_kernel(
     rows = first + tl.arange(0, BLOCK_L)
     lse_ptr += (sample * tl.num_programs(1) + head) * L
     tl.store(lse_ptr + rows, (maximum + tl.log2(total)) * _LN_2, mask=rows < L)
-
-
-@triton.jit
-def score_tile(
-    q, k_tiles, first, k_row, M,
-    K: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    """Q K^T of the keys from `first` on; with RAGGED, minus infinity for absent keys."""
-    k = load_tile(k_tiles, first, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, RAGGED)
-    scores = tl.dot(q, k.T, input_precision="ieee")
-    if RAGGED:
-        scores = without_absent(scores, first, M, BLOCK_M, float("-inf"))
-    return scores
 
 
 @triton.jit

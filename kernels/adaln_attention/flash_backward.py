@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import target_of
-from .flash_configs import DELTA, configs_for
+from .flash_configs import configs_for
 from .flash_tiles import (
     LOG2_E,
     describe,
@@ -26,6 +26,9 @@ from .flash_tiles import (
     usable,
     without_absent,
 )
+
+DELTA_ELEMENTS = 4096  # per program of 4 warps
+DELTA_WARPS = 4
 
 _LOG2_E = tl.constexpr(LOG2_E)
 
@@ -42,8 +45,8 @@ def delta_kernel(
     sample = tl.program_id(2).to(tl.int64)
     out_ptr += sample * out_batch + head * out_head
     grad_ptr += sample * grad_batch + head * grad_head
-    out = load_tile(out_ptr, first, out_row, L, K, BLOCK_L, WIDTH, False, True)
-    grad = load_tile(grad_ptr, first, grad_row, L, K, BLOCK_L, WIDTH, False, True)
+    out = load_tile(out_ptr, first, out_row, L, K, BLOCK_L, WIDTH, False)
+    grad = load_tile(grad_ptr, first, grad_row, L, K, BLOCK_L, WIDTH, False)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     rows = first + tl.arange(0, BLOCK_L)
     delta_ptr += (sample * tl.num_programs(1) + head) * L
@@ -81,13 +84,13 @@ def key_gradients_kernel(
     k_tiles = describe(k_ptr, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
     v_tiles = describe(v_ptr, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
 
-    k = load_tile(k_tiles, first, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, True)
-    v = load_tile(v_tiles, first, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, True)
+    k = load_tile(k_tiles, first, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
+    v = load_tile(v_tiles, first, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
     dk = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     dv = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     for start in tl.range(0, L, BLOCK_L, num_stages=STAGES):
-        q = load_tile(q_tiles, start, q_row, L, K, BLOCK_L, WIDTH, DESCRIPTORS, True)
-        grad = load_tile(grad_tiles, start, grad_row, L, K, BLOCK_L, WIDTH, DESCRIPTORS, True)
+        q = load_tile(q_tiles, start, q_row, L, K, BLOCK_L, WIDTH, DESCRIPTORS)
+        grad = load_tile(grad_tiles, start, grad_row, L, K, BLOCK_L, WIDTH, DESCRIPTORS)
         # Both products before the exponentials: on sm_90 the second runs under them.
         scores = tl.dot(k, q.T, input_precision="ieee")
         dweights = tl.dot(v, grad.T, input_precision="ieee")
@@ -124,22 +127,24 @@ def query_gradients_kernel(
     k_tiles = describe(k_ptr, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
     v_tiles = describe(v_ptr, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
 
-    q = load_tile(q_tiles, first, q_row, L, K, BLOCK_L, WIDTH, DESCRIPTORS, True)
-    grad = load_tile(grad_tiles, first, grad_row, L, K, BLOCK_L, WIDTH, DESCRIPTORS, True)
+    q = load_tile(q_tiles, first, q_row, L, K, BLOCK_L, WIDTH, DESCRIPTORS)
+    grad = load_tile(grad_tiles, first, grad_row, L, K, BLOCK_L, WIDTH, DESCRIPTORS)
     rows = first + tl.arange(0, BLOCK_L)
     lse, delta = load_statistics(lse_ptr + statistics, delta_ptr + statistics, rows, L)
     dq = tl.zeros([BLOCK_L, WIDTH], tl.float32)
-    PEELED: tl.constexpr = q_ptr.dtype.element_ty != tl.float32  # as in the forward pass
-    last = (M - 1) // BLOCK_M * BLOCK_M
-    for start in tl.range(0, last if PEELED else M, BLOCK_M, num_stages=STAGES):
-        k = load_tile(k_tiles, start, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, not PEELED)
-        v = load_tile(v_tiles, start, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, not PEELED)
-        dscores = score_gradients(q, k, v, grad, lse, delta, scale, start, M, BLOCK_M, not PEELED)
+    last = (M - 1) // BLOCK_M * BLOCK_M  # with code of its own, as in the forward pass
+    for start in tl.range(0, last if DESCRIPTORS else M, BLOCK_M, num_stages=STAGES):
+        k = load_tile(k_tiles, start, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
+        v = load_tile(v_tiles, start, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
+        dscores = score_gradients(q, k, v, grad, lse, delta, scale)
+        if not DESCRIPTORS:
+            dscores = without_absent(dscores, start, M, BLOCK_M, 0.0)
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
-    if PEELED:
-        k = load_tile(k_tiles, last, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, True)
-        v = load_tile(v_tiles, last, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS, True)
-        dscores = score_gradients(q, k, v, grad, lse, delta, scale, last, M, BLOCK_M, True)
+    if DESCRIPTORS:
+        k = load_tile(k_tiles, last, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
+        v = load_tile(v_tiles, last, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
+        dscores = score_gradients(q, k, v, grad, lse, delta, scale)
+        dscores = without_absent(dscores, last, M, BLOCK_M, 0.0)
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
 
     dq_ptr += sample * dq_batch + head * dq_head
@@ -147,20 +152,15 @@ def query_gradients_kernel(
 
 
 @triton.jit
-def score_gradients(
-    q, k, v, grad, lse, delta, scale, first, M, BLOCK_M: tl.constexpr, RAGGED: tl.constexpr
-):  # fmt: skip
-    """dS = P * (dO V^T - delta) of a tile of queries and the keys from `first` on.
+def score_gradients(q, k, v, grad, lse, delta, scale):
+    """dS = P * (dO V^T - delta) of a tile of queries and one of keys.
 
-    The weight of an absent key may be infinite, so it is left out rather than multiplied by zero.
+    The weight of an absent key may be infinite: it is to be left out, not multiplied by zero.
     """
     scores = tl.dot(q, k.T, input_precision="ieee")
     dweights = tl.dot(grad, v.T, input_precision="ieee")
     weights = tl.exp2(scores * (scale * _LOG2_E) - lse[:, None])
-    dscores = weights * (dweights - delta[:, None])
-    if RAGGED:
-        dscores = without_absent(dscores, first, M, BLOCK_M, 0.0)
-    return dscores
+    return weights * (dweights - delta[:, None])
 
 
 def attention_gradients(
@@ -187,10 +187,11 @@ def attention_gradients(
     lse, delta = lse_BNL.contiguous(), lse_BNL.new_empty(B, N, L)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     device = q.device
-    shape = {"K": K, "WIDTH": triton.next_power_of_2(K)}
+    width = triton.next_power_of_2(K)
+    rows = DELTA_ELEMENTS // width
     launch_tiles(
         delta_kernel,
-        (triton.cdiv(L, DELTA.block_l), N, B),
+        (triton.cdiv(L, rows), N, B),
         {
             "out_ptr": out,
             "grad_ptr": grad,
@@ -198,12 +199,13 @@ def attention_gradients(
             "L": L,
             **strides_of("out", out),
             **strides_of("grad", grad),
-            **shape,
-            "BLOCK_L": DELTA.block_l,
+            "K": K,
+            "WIDTH": width,
+            "BLOCK_L": rows,
         },
         device,
-        DELTA.num_warps,
-        DELTA.num_stages,
+        DELTA_WARPS,
+        1,
     )
     configs = configs_for(target_of(device), q.dtype, K)
     arguments = {
@@ -220,7 +222,8 @@ def attention_gradients(
         **strides_of("v", v),
         **strides_of("grad", grad),
         "scale": K**-0.5,
-        **shape,
+        "K": K,
+        "WIDTH": width,
         "DESCRIPTORS": configs.descriptors,
     }
     for kernel, config, tiles, results in (

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..launch import is_amd
+
 HEAD_SIZES = (32, 64, 96, 128, 256)
 
 
@@ -38,24 +40,24 @@ class Configs:
     ahead: bool = False
 
 
-DELTA = Config(block_l=64, block_m=0, num_warps=4, num_stages=1)
-
-_AMPERE = {
+# All within 99 KB of shared memory, which is what sm_86, sm_89 and sm_120 have.
+_POINTERS = {
     32: Configs(Config(128, 64, 4, 3), Config(64, 64, 4, 2), Config(128, 32, 4, 2)),
-    64: Configs(Config(128, 64, 4, 3), Config(64, 64, 4, 2), Config(128, 32, 4, 2)),
+    64: Configs(Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(128, 32, 8, 2)),
     128: Configs(Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(128, 32, 8, 2)),
-    256: Configs(Config(128, 32, 8, 2), Config(32, 32, 8, 2), Config(64, 32, 8, 2)),
+    256: Configs(Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(64, 32, 8, 1)),
 }
 _HOPPER = {
     32: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 2), Config(128, 64, 8, 2), True, True),
     64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 2), Config(128, 64, 8, 2), True, True),
     128: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 2), Config(128, 64, 8, 2), True, True),
-    256: Configs(Config(128, 64, 8, 2), Config(64, 64, 8, 1), Config(64, 64, 8, 1), True, True),
+    256: Configs(Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(128, 32, 8, 2), True, True),
 }
+# The accumulators of larger tiles do not fit the 512 columns of tensor memory.
 _BLACKWELL = {
-    32: Configs(Config(128, 128, 8, 2), Config(64, 128, 8, 2), Config(128, 64, 8, 2), True),
-    64: Configs(Config(128, 128, 8, 2), Config(64, 128, 8, 2), Config(128, 64, 8, 2), True),
-    128: Configs(Config(128, 128, 8, 2), Config(64, 128, 8, 2), Config(128, 64, 8, 2), True),
+    32: Configs(Config(128, 128, 8, 2), Config(64, 128, 8, 3), Config(128, 64, 8, 2), True),
+    64: Configs(Config(128, 128, 8, 2), Config(64, 128, 8, 3), Config(128, 64, 8, 2), True),
+    128: Configs(Config(128, 128, 8, 2), Config(64, 128, 8, 3), Config(128, 64, 8, 2), True),
     256: Configs(Config(128, 64, 8, 2), Config(64, 64, 8, 1), Config(128, 64, 8, 1), True),
 }
 _CDNA = {
@@ -64,11 +66,13 @@ _CDNA = {
     128: Configs(Config(128, 64, 4, 1), Config(32, 128, 4, 1), Config(128, 32, 8, 1)),
     256: Configs(Config(64, 32, 4, 1), Config(32, 64, 4, 1), Config(64, 32, 4, 1)),
 }
-# float32 products have no tensor cores: small tiles, operands in registers.
-_FLOAT32 = dict.fromkeys(
-    (32, 64, 128, 256), Configs(Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1))
-)
-_TABLES = {"sm_8": _AMPERE, "sm_9": _HOPPER, "sm_10": _BLACKWELL, "sm_12": _AMPERE, "gfx9": _CDNA}
+_TABLES = {
+    "sm_8": _POINTERS,
+    "sm_9": _HOPPER,
+    "sm_10": _BLACKWELL,
+    "sm_12": _POINTERS,
+    "gfx9": _CDNA,
+}
 
 
 def configs_for(target: str, dtype: torch.dtype, head_size: int) -> Configs:
@@ -80,8 +84,14 @@ def configs_for(target: str, dtype: torch.dtype, head_size: int) -> Configs:
     width = 1 << (head_size - 1).bit_length()
     for prefix, table in _TABLES.items():
         if target.startswith(prefix):
-            return (_FLOAT32 if dtype == torch.float32 else table)[width]
+            return _float32(width, is_amd(target)) if dtype == torch.float32 else table[width]
     raise ValueError(
         f"attention: no configuration for {target}, but for {', '.join(_TABLES)}...; "
         "set kernels.attention=reference"
     )
+
+
+def _float32(width: int, amd: bool) -> Configs:
+    """Products of float32 take operands from registers: small tiles, and smaller for wide heads."""
+    config = Config(16, 16, 4, 1) if width > 128 else Config(32, 32, 4 if amd else 8, 1)
+    return Configs(config, config, config)

@@ -50,17 +50,14 @@ def tile_mask(first, length, K: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.con
 @triton.jit
 def load_tile(
     source, first, stride, length,
-    K: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK, WIDTH] from row `first` on; without RAGGED, all rows must be there."""
+    """[BLOCK, WIDTH] from row `first` on."""
     if DESCRIPTORS:
         return source.load([first, 0])
-    elif RAGGED or WIDTH != K:
+    else:
         pointers = tile_pointers(source, first, stride, BLOCK, WIDTH)
         return tl.load(pointers, mask=tile_mask(first, length, K, BLOCK, WIDTH), other=0.0)
-    else:
-        return tl.load(tile_pointers(source, first, stride, BLOCK, WIDTH))
 
 
 @triton.jit
