@@ -75,13 +75,13 @@ def _innermost_loops(sass: str) -> Iterator[Sequence[str]]:
         elif instruction := _INSTRUCTION.search(line):
             instructions.append(instruction[1])
     loops = set()
-    for end, instruction in enumerate(instructions):
-        branch = _BRANCH.match(instruction)
-        if branch and labels.get(branch[1], end + 1) <= end:
-            loops.add((labels[branch[1]], end + 1))
+    for position, text in enumerate(instructions):
+        branch = _BRANCH.match(text)
+        if branch and labels.get(branch[1], position + 1) <= position:
+            loops.add((labels[branch[1]], position + 1))
     for start, end in sorted(loops):
-        inside = ((s, e) for s, e in loops if (s, e) != (start, end))
-        if not any(start <= s and e <= end for s, e in inside):
+        inside = (s >= start and e <= end for s, e in loops - {(start, end)})
+        if not any(inside):
             yield instructions[start:end]
 
 

@@ -167,10 +167,9 @@ def attention_op(q_BLNK: Tensor, k_BMNK: Tensor, v_BMNK: Tensor) -> tuple[Tensor
     q, k, v = usable(q_BLNK), usable(k_BMNK), usable(v_BMNK)
     out, lse = empty_results(q)
     configs = configs_for(target_of(q.device), q.dtype, K)
-    config = configs.forward
     launch_tiles(
         attention_kernel,
-        (triton.cdiv(L, config.block_l), N, B),
+        (triton.cdiv(L, configs.forward.block_l), N, B),
         {
             "q_ptr": q,
             "k_ptr": k,
@@ -186,15 +185,11 @@ def attention_op(q_BLNK: Tensor, k_BMNK: Tensor, v_BMNK: Tensor) -> tuple[Tensor
             "scale_log2": K**-0.5 * LOG2_E,
             "K": K,
             "WIDTH": triton.next_power_of_2(K),
-            "BLOCK_L": config.block_l,
-            "BLOCK_M": config.block_m,
             "DESCRIPTORS": configs.descriptors,
             "AHEAD": configs.ahead,
-            "STAGES": config.num_stages,
         },
+        configs.forward,
         q.device,
-        config.num_warps,
-        config.num_stages,
     )
     return out, lse
 

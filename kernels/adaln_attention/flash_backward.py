@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import target_of
+from ..launch import launch, target_of
 from .flash_configs import configs_for
 from .flash_tiles import (
     LOG2_E,
@@ -27,7 +27,7 @@ from .flash_tiles import (
     without_absent,
 )
 
-DELTA_ELEMENTS = 4096  # per program of 4 warps
+DELTA_ELEMENTS = 16384  # per program
 DELTA_WARPS = 4
 
 _LOG2_E = tl.constexpr(LOG2_E)
@@ -186,10 +186,10 @@ def attention_gradients(
     grad, q, k, v, out = map(usable, (grad_BLNK, q_BLNK, k_BMNK, v_BMNK, out_BLNK))
     lse, delta = lse_BNL.contiguous(), lse_BNL.new_empty(B, N, L)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    device = q.device
     width = triton.next_power_of_2(K)
+    head = {"K": K, "WIDTH": width}
     rows = DELTA_ELEMENTS // width
-    launch_tiles(
+    launch(
         delta_kernel,
         (triton.cdiv(L, rows), N, B),
         {
@@ -199,15 +199,13 @@ def attention_gradients(
             "L": L,
             **strides_of("out", out),
             **strides_of("grad", grad),
-            "K": K,
-            "WIDTH": width,
+            **head,
             "BLOCK_L": rows,
         },
-        device,
-        DELTA_WARPS,
-        1,
+        device=q.device,
+        num_warps=DELTA_WARPS,
     )
-    configs = configs_for(target_of(device), q.dtype, K)
+    configs = configs_for(target_of(q.device), q.dtype, K)
     arguments = {
         "q_ptr": q,
         "k_ptr": k,
@@ -222,31 +220,21 @@ def attention_gradients(
         **strides_of("v", v),
         **strides_of("grad", grad),
         "scale": K**-0.5,
-        "K": K,
-        "WIDTH": width,
+        **head,
         "DESCRIPTORS": configs.descriptors,
     }
-    for kernel, config, tiles, results in (
-        (
-            key_gradients_kernel,
-            configs.keys,
-            triton.cdiv(M, configs.keys.block_m),
-            {"dk_ptr": dk, "dv_ptr": dv, **strides_of("dk", dk)},
-        ),
-        (
-            query_gradients_kernel,
-            configs.queries,
-            triton.cdiv(L, configs.queries.block_l),
-            {"dq_ptr": dq, **strides_of("dq", dq)},
-        ),
-    ):
-        blocks = {"BLOCK_L": config.block_l, "BLOCK_M": config.block_m}
-        launch_tiles(
-            kernel,
-            (tiles, N, B),
-            {**arguments, **results, **blocks, "STAGES": config.num_stages},
-            device,
-            config.num_warps,
-            config.num_stages,
-        )
+    launch_tiles(
+        key_gradients_kernel,
+        (triton.cdiv(M, configs.keys.block_m), N, B),
+        {**arguments, "dk_ptr": dk, "dv_ptr": dv, **strides_of("dk", dk)},
+        configs.keys,
+        q.device,
+    )
+    launch_tiles(
+        query_gradients_kernel,
+        (triton.cdiv(L, configs.queries.block_l), N, B),
+        {**arguments, "dq_ptr": dq, **strides_of("dq", dq)},
+        configs.queries,
+        q.device,
+    )
     return dq, dk, dv

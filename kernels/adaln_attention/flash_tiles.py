@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
+from .flash_configs import Config
 
 LOG2_E = 1.4426950408889634
 
@@ -99,21 +100,25 @@ def launch_tiles(
     kernel: Any,
     grid: tuple[int, ...],
     arguments: dict[str, Any],
+    config: Config,
     device: torch.device,
-    num_warps: int,
-    num_stages: int,
 ) -> None:
-    """Launch a kernel that may make tensor descriptors: they need scratch memory on the device."""
+    """Launch a kernel in tiles of `config`; its tensor descriptors need memory on the device."""
     if device.type == "cuda":
         # At each launch: Triton remembers it per thread, and backward passes run in their own.
         triton.set_allocator(allocate_scratch)
     launch(
         kernel,
         grid,
-        arguments,
+        {
+            **arguments,
+            "BLOCK_L": config.block_l,
+            "BLOCK_M": config.block_m,
+            "STAGES": config.num_stages,
+        },
         device=device,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
         fused_multiply_add=True,
     )
 
