@@ -91,11 +91,11 @@ def key_gradients_kernel(
     for start in tl.range(0, L, BLOCK_L, num_stages=STAGES):
         q = load_tile(q_tiles, start, q_row, L, K, BLOCK_L, WIDTH, DESCRIPTORS)
         grad = load_tile(grad_tiles, start, grad_row, L, K, BLOCK_L, WIDTH, DESCRIPTORS)
-        # Both products before the exponentials: on sm_90 the second runs under them.
         scores = tl.dot(k, q.T, input_precision="ieee")
-        dweights = tl.dot(v, grad.T, input_precision="ieee")
         lse, delta = load_statistics(lse_ptr, delta_ptr, start + tl.arange(0, BLOCK_L), L)
+        # Before the next product in the source: on sm_90 it then runs under the exponentials.
         weights = tl.exp2(scores * (scale * _LOG2_E) - lse[None, :])
+        dweights = tl.dot(v, grad.T, input_precision="ieee")
         dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision="ieee")
         dscores = weights * (dweights - delta[None, :])
         dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
@@ -141,11 +141,13 @@ def query_gradients_kernel(
             dscores = without_absent(dscores, start, M, BLOCK_M, 0.0)
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
     if DESCRIPTORS:
-        k = load_tile(k_tiles, last, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
-        v = load_tile(v_tiles, last, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
-        dscores = score_gradients(q, k, v, grad, lse, delta, scale)
-        dscores = without_absent(dscores, last, M, BLOCK_M, 0.0)
-        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
+        # A loop of one round: as straight code, it makes ptxas wait after every single product.
+        for start in tl.range(last, M, BLOCK_M, num_stages=1):
+            k = load_tile(k_tiles, start, k_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
+            v = load_tile(v_tiles, start, v_row, M, K, BLOCK_M, WIDTH, DESCRIPTORS)
+            dscores = score_gradients(q, k, v, grad, lse, delta, scale)
+            dscores = without_absent(dscores, start, M, BLOCK_M, 0.0)
+            dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
 
     dq_ptr += sample * dq_batch + head * dq_head
     store_tile(dq_ptr, first, dq_row, L, dq * scale, K, BLOCK_L, WIDTH)
@@ -158,8 +160,8 @@ def score_gradients(q, k, v, grad, lse, delta, scale):
     The weight of an absent key may be infinite: it is to be left out, not multiplied by zero.
     """
     scores = tl.dot(q, k.T, input_precision="ieee")
-    dweights = tl.dot(grad, v.T, input_precision="ieee")
     weights = tl.exp2(scores * (scale * _LOG2_E) - lse[:, None])
+    dweights = tl.dot(grad, v.T, input_precision="ieee")
     return weights * (dweights - delta[:, None])
 
 

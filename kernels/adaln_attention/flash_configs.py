@@ -93,5 +93,6 @@ def configs_for(target: str, dtype: torch.dtype, head_size: int) -> Configs:
 
 def _float32(width: int, amd: bool) -> Configs:
     """Products of float32 take operands from registers: small tiles, and smaller for wide heads."""
-    config = Config(16, 16, 4, 1) if width > 128 else Config(32, 32, 4 if amd else 8, 1)
+    block = 16 if width > 128 else 32
+    config = Config(block, block, num_warps=4 if amd else 8, num_stages=1)
     return Configs(config, config, config)
