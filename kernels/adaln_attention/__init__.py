@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..registry import Op, register
+from ..registry import Case, Op, register
 from . import reference
 
 EPS = 1e-6
+HEADS = (64, 96, 128, 256)  # sizes of attention heads, apart from that of the default case
 
 
 def _leaf(*shape: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
@@ -116,8 +117,17 @@ def attention_inputs(
     M: int = 53,
     N: int = 3,
     K: int = 32,
+    packed: bool = False,
 ) -> dict[str, Any]:
-    """Queries of the tokens, keys and values of a context of another length."""
+    """Queries of the tokens, keys and values of a context of another length.
+
+    Packed, all three are slices of one projection of the tokens, and M is L.
+    """
+    if packed:
+        projected = torch.randn(B, L, 3, N, K, dtype=dtype, device=device)
+        names = ("q_BLNK", "k_BMNK", "v_BMNK")
+        slices = zip(names, projected.unbind(2), strict=True)
+        return {name: part.requires_grad_() for name, part in slices}
     return {
         "q_BLNK": _leaf(B, L, N, K, dtype=dtype, device=device),
         "k_BMNK": _leaf(B, M, N, K, dtype=dtype, device=device),
@@ -205,5 +215,11 @@ register(
         triton="kernels.adaln_attention.flash:attention",
         inputs=attention_inputs,
         cost=attention_cost,
+        cases={
+            "cross": Case(),
+            "packed": Case({"packed": True, "L": 130, "K": 64}),
+            "one_query": Case({"L": 1}),
+            **{f"head_{K}": Case({"B": 1, "L": 150, "M": 133, "N": 1, "K": K}) for K in HEADS},
+        },
     )
 )
