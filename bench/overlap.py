@@ -29,6 +29,9 @@ class Overlap:
     Attributes:
         products: HGMMA instructions.
         product_cycles: cycles that they keep the tensor core of one warp group's quarter busy.
+        waits: places where the warp group waits for products; as many as there are products means
+            that ptxas has serialised them.
+        copies: tiles that are copied from global memory through tensor descriptors.
         mufu: instructions of the special function unit: exponentials.
         instructions: all of them.
         exposed_mufu: those of `mufu` with no product in flight.
@@ -37,6 +40,8 @@ class Overlap:
 
     products: int
     product_cycles: int
+    waits: int
+    copies: int
     mufu: int
     instructions: int
     exposed_mufu: int
@@ -104,6 +109,8 @@ def _measure(body: Sequence[str]) -> Overlap:
     return Overlap(
         products=_count(body, "HGMMA"),
         product_cycles=flops // FLOPS_PER_CYCLE,
+        waits=_count(body, "WARPGROUP.DEPBAR"),
+        copies=_count(body, "UTMALDG"),
         mufu=_count(body, "MUFU"),
         instructions=len(body),
         exposed_mufu=_count(exposed, "MUFU"),

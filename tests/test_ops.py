@@ -36,12 +36,17 @@ def test_one_op_may_differ_from_the_rest() -> None:
         ({"default": "cuda"}, "auto, triton, compile, reference"),
         ({"attention": "fast"}, "kernels.attention=fast: choose one of"),
         ({"atention": "reference"}, "unknown op atention; ops are .*attention"),
-        ({"attention": "triton"}, "kernels.attention=reference"),
     ],
 )
 def test_a_wrong_choice_names_the_right_ones(choice: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kernels.select(**choice)
+
+
+def test_triton_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="kernels.attention=reference"):
+        kernels.select(attention="triton")
 
 
 def test_compile_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

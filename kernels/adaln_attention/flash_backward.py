@@ -27,7 +27,7 @@ from .flash_tiles import (
     without_absent,
 )
 
-DELTA_ELEMENTS = 16384  # per program
+DELTA_ELEMENTS = {2: 4096, 4: 8192}  # per program, by bytes of an element; found by compiling
 DELTA_WARPS = 4
 
 _LOG2_E = tl.constexpr(LOG2_E)
@@ -190,7 +190,7 @@ def attention_gradients(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     width = triton.next_power_of_2(K)
     head = {"K": K, "WIDTH": width}
-    rows = DELTA_ELEMENTS // width
+    rows = DELTA_ELEMENTS[q.element_size()] // width
     launch(
         delta_kernel,
         (triton.cdiv(L, rows), N, B),
