@@ -233,10 +233,11 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # nothing differentiates the log-sum-exp: write no zeros
     ctx.save_for_backward(*inputs, *output)
 
 
-def _differentiate(ctx: Any, grad_BLNK: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _differentiate(ctx: Any, grad_BLNK: Tensor, _: None) -> tuple[Tensor, Tensor, Tensor]:
     gradients: tuple[Tensor, Tensor, Tensor] = attention_backward_op(grad_BLNK, *ctx.saved_tensors)
     return gradients
 
