@@ -27,7 +27,7 @@ from .peers import PEERS
 from .timing import describe, machine, markdown, memory_pass, take_turns
 
 LIMIT = "memory pass"
-GPU_SIZES = ("7B",)  # would take minutes on a CPU
+GPU_SIZES = ("7B", "7B_cross")  # would take minutes on a CPU
 COLUMNS: dict[str, Callable[[Any], str]] = {
     "op": str,
     "size": str,

@@ -23,6 +23,7 @@ from transfer1.model.position import (
 )
 
 Arguments = dict[str, Any]
+OPS = select("reference")  # kernels of what is built; a test may choose others
 
 
 def network_arguments(init: Mapping[str, Any]) -> Arguments:
@@ -37,7 +38,7 @@ def network_arguments(init: Mapping[str, Any]) -> Arguments:
 
 def dit(init: Mapping[str, Any], **extra: Any) -> DiT:
     assert not any(init.get("layer_mask") or ()), "a base network has all its blocks"
-    return DiT(**network_arguments(init), **extra)
+    return DiT(**network_arguments(init), **{"ops": OPS, **extra})
 
 
 def frame_conditioned_dit(init: Mapping[str, Any], **extra: Any) -> DiT:
@@ -50,7 +51,7 @@ def control_encoder(init: Mapping[str, Any], **extra: Any) -> ControlEncoder:
     if init.get("layer_mask"):
         arguments["num_control_blocks"] = list(init["layer_mask"]).index(True)
     frame_mask = init["in_channels"] > init["out_channels"]
-    return ControlEncoder(**arguments, concat_frame_mask=frame_mask, **extra)
+    return ControlEncoder(**arguments, concat_frame_mask=frame_mask, **{"ops": OPS, **extra})
 
 
 def block(init: Mapping[str, Any], config: str, **extra: Any) -> TransformerBlock:
@@ -61,7 +62,7 @@ def block(init: Mapping[str, Any], config: str, **extra: Any) -> TransformerBloc
         num_heads=init["num_heads"],
         mlp_ratio=init.get("mlp_ratio", 4.0),
         lora_dim=lora_dim(init),
-        ops=extra.get("ops") or select("reference"),
+        ops=extra.get("ops", OPS),
     )
 
 
@@ -75,7 +76,7 @@ def final_layer(init: Mapping[str, Any], **extra: Any) -> FinalLayer:
         init["hidden_size"],
         patch * init["out_channels"],
         lora_dim(init),
-        extra.get("ops") or select("reference"),
+        extra.get("ops", OPS),
     )
 
 

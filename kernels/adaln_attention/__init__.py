@@ -15,6 +15,7 @@ from ..registry import FLOATS, Case, Op, register
 from . import reference
 
 EPS = 1e-6
+HEADS = (64, 96, 128, 256)  # sizes of attention heads, apart from that of the default case
 
 
 def _leaf(*shape: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
@@ -128,8 +129,17 @@ def attention_inputs(
     M: int = 53,
     N: int = 3,
     K: int = 32,
+    packed: bool = False,
 ) -> dict[str, Any]:
-    """Queries of the tokens, keys and values of a context of another length."""
+    """Queries of the tokens, keys and values of a context of another length.
+
+    Packed, all three are slices of one projection of the tokens, and M is L.
+    """
+    if packed:
+        projected = torch.randn(B, L, 3, N, K, dtype=dtype, device=device)
+        names = ("q_BLNK", "k_BMNK", "v_BMNK")
+        slices = zip(names, projected.unbind(2), strict=True)
+        return {name: part.requires_grad_() for name, part in slices}
     return {
         "q_BLNK": _leaf(B, L, N, K, dtype=dtype, device=device),
         "k_BMNK": _leaf(B, M, N, K, dtype=dtype, device=device),
@@ -249,11 +259,29 @@ register(
             "float32_weights": Case({"weight_dtype": torch.float32}, FLOATS[1:]),
         },
         sizes={
-            "self_attention_7b": Case({"B": 1, "L": 56320, "N": 32, "K": 128}),
-            "cross_attention_7b": Case({"B": 1, "L": 56320, "M": 512, "N": 32, "K": 128}),
+            "2k_tokens": Case({"B": 1, "L": 2048, "N": 4, "K": 128}),
+            "7B": Case({"B": 1, "L": 56320, "N": 32, "K": 128}),
+            "7B_cross": Case({"B": 1, "L": 56320, "M": 512, "N": 32, "K": 128}),
         },
     )
 )
 register(
-    Op("attention", reference.attention, triton=None, inputs=attention_inputs, cost=attention_cost)
+    Op(
+        "attention",
+        reference.attention,
+        triton="kernels.adaln_attention.flash:attention",
+        inputs=attention_inputs,
+        cost=attention_cost,
+        cases={
+            "cross": Case(),
+            "packed": Case({"packed": True, "L": 130, "K": 64}),
+            "one_query": Case({"L": 1}),
+            **{f"head_{K}": Case({"B": 1, "L": 150, "M": 133, "N": 1, "K": K}) for K in HEADS},
+        },
+        sizes={
+            "2k_tokens": Case({"B": 1, "L": 2048, "M": 2048, "N": 4, "K": 128}),
+            "7B": Case({"B": 1, "L": 56320, "M": 56320, "N": 32, "K": 128}, FLOATS[1:]),
+            "7B_cross": Case({"B": 1, "L": 56320, "M": 512, "N": 32, "K": 128}, FLOATS[1:]),
+        },
+    )
 )
