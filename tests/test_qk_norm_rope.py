@@ -123,10 +123,10 @@ def test_no_tokens() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    inputs = OP.inputs(dtype=torch.float16, L=3, N=2, K=32)
+    inputs = OP.inputs(dtype=torch.float16, B=3, L=3, N=2, K=32)
     torch.use_deterministic_algorithms(False)  # 4 GiB that are never touched
     storage = torch.empty(2**31 + 3 * 64, dtype=torch.float16)
-    far = storage.as_strided((2, 3, 2, 32), (2**31, 64, 32, 1))
+    far = storage.as_strided((3, 3, 2, 32), (2**30, 64, 32, 1))  # the stride alone has 31 bits
     far.copy_(inputs["q_BLNK"].detach())
     q, _ = qk_norm_rope(**(inputs | {"q_BLNK": far}))
     assert torch.equal(q, qk_norm_rope(**inputs)[0])
