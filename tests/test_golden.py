@@ -31,18 +31,32 @@ def test_golden(golden_run: Run) -> None:
     golden_run.checker()(golden_run)
 
 
-WITH_KERNELS = ("dit_block", "transformer_block", "general_dit", "ctrl_enc")  # cases of networks
+BLOCKS = ("dit_block", "transformer_block")
+NETWORKS = ("general_dit", "ctrl_enc")
+
+
+def check_with_triton_kernels(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = run.out_of_scope()
+    if reason:
+        pytest.skip(f"{run}: {reason}")
+    monkeypatch.setattr(original, "OPS", select("triton"))
+    run.checker()(run)
 
 
 @needs_interpreter
-def test_golden_networks_with_triton_kernels(
+def test_golden_blocks_with_triton_kernels(
     golden_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same numbers from the hand-written kernels, gradients included."""
-    if golden_run.case not in WITH_KERNELS:
-        return
-    reason = golden_run.out_of_scope()
-    if reason:
-        pytest.skip(f"{golden_run}: {reason}")
-    monkeypatch.setattr(original, "OPS", select("triton"))
-    golden_run.checker()(golden_run)
+    if golden_run.case in BLOCKS:
+        check_with_triton_kernels(golden_run, monkeypatch)
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_golden_networks_with_triton_kernels(
+    golden_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same for whole networks, with and without control."""
+    if golden_run.case in NETWORKS:
+        check_with_triton_kernels(golden_run, monkeypatch)

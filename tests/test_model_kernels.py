@@ -47,6 +47,7 @@ def test_loss_and_every_gradient_equal_those_of_the_reference() -> None:
         assert error <= FLOAT32_TOLERANCE, f"{name}: {error:.2g}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["selective", "block"])
 def test_checkpointing_keeps_every_bit(mode: str) -> None:
     """What is computed again is the same; the kernels are ops that a policy can name."""

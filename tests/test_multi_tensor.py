@@ -284,6 +284,7 @@ def test_dense_rows_copy_only_what_has_no_common_order() -> None:
 
 
 @needs_interpreter
+@pytest.mark.slow
 def test_5000_small_tensors_in_three_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [1 + index % 17 for index in range(5000)]
     inputs = adamw_inputs([(size,) for size in sizes])
