@@ -16,6 +16,19 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
+BACKENDS = [
+    "reference",
+    pytest.param("triton", marks=needs_interpreter),
+    pytest.param("compile", marks=pytest.mark.slow),
+]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def adamw_inputs(shapes: Any, seed: int = 0, **options: Any) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    return OPS["adamw_step"].inputs(shapes=shapes, **options)
+
+
 def all_cases(*, triton: bool = False) -> list[Any]:
     """(op, case, dtype) of the whole table, with readable ids; only ops with a Triton kernel."""
     return [

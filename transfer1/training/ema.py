@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from kernels import Ops, select
 
-from .optimizer import FusedAdamW, local
+from .optimizer import FusedAdamW
+from .shards import local
 from .torch_optimizer import TorchAdamW
 
 Optimizer = FusedAdamW | TorchAdamW

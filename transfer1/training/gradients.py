@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels import Ops
 
 from .ema import Optimizer
-from .optimizer import local
+from .shards import local
 from .state import TrainState
 
 

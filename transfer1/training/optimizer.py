@@ -12,6 +12,7 @@ from kernels import Ops, select
 from kernels.adamw.bfloat16 import join, split
 
 from .optimizer_state import MOMENTS, check_saved_group, check_saved_state, refuse, saved_step
+from .shards import local, local_gradient, local_master
 
 if TYPE_CHECKING:
     from .ema import EMA
@@ -211,10 +212,10 @@ class FusedAdamW(torch.optim.Optimizer):
         number = group["step"] + (1 if found_inf is None else (found_inf == 0).reshape(1))
         self.ops.adamw_step(
             [local(param) for param in params],
-            [_local_gradient(param) for param in params],
+            [local_gradient(param) for param in params],
             [local(state["exp_avg"]) for state in states],
             [local(state["exp_avg_sq"]) for state in states],
-            [_local_master(state) for state in states],
+            [local_master(state) for state in states],
             None if shadows is None else [s if s is None else local(s) for s in shadows],
             lr=group["lr"],
             betas=group["betas"],
@@ -371,26 +372,6 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     """Factor that brings gradients of this norm down to `max_norm`, at most 1; scalar tensor."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The shard of a DTensor that lies in this process; other tensors as they are."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
-
-
-def _local_gradient(param: Tensor) -> Tensor:
-    grad = param.grad
-    assert grad is not None
-    placements = getattr(param, "placements", None)
-    if placements is not None and getattr(grad, "placements", placements) != placements:
-        grad = grad.redistribute(placements=placements)  # type: ignore[attr-defined]
-    return local(grad)
-
-
-def _local_master(state: Mapping[str, Tensor]) -> Tensor | None:
-    master = state.get("master", state.get("remainder"))
-    return None if master is None else local(master)
 
 
 def _check_group(group: Mapping[str, Any]) -> None:
