@@ -238,6 +238,22 @@ def test_batches_cover_every_element_once(sizes: list[int], random: Any) -> None
         assert all(regular), "compiled code is used wherever there is something to gain"
 
 
+@pytest.mark.slow
+def test_code_is_compiled_once_whatever_the_sizes() -> None:
+    """Odd, equal, tiny and large sizes: the code for the first ones serves all others."""
+    step, norm = (OPS[name].build("compile") for name in ("adamw_step", "grad_norm"))
+
+    def update(sizes: list[int]) -> int:
+        inputs = adamw_inputs([(size,) for size in sizes])
+        norm(inputs["grads"])
+        step(**inputs)
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    compiled = update([300_001])
+    for sizes in ([123, 32_769, 40_961], [100_003] * 8, [77_777, 33_333, 65_537, 1, 2, 0]):
+        assert update(sizes) == compiled, sizes
+
+
 # What traces and captures programs ---------------------------------------------------------------
 
 

@@ -19,8 +19,6 @@ from kernels.multi_tensor import scalar
 
 from .bfloat16 import join, round_stochastically, rounding_key, split
 
-NORM_ROW = 1024  # squares that are added up in float32
-
 
 class StepScalars(NamedTuple):
     """What an update needs besides its tensors; float32 [] each, computed in float64."""
@@ -246,14 +244,8 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
 
 
 def squared_norms(grads: Sequence[Tensor]) -> Tensor:
-    """Sum of squares of each gradient, float64 [gradients]; float32 within rows of a thousand."""
-    return torch.stack([_squared_norm(grad.float().reshape(-1)) for grad in grads])
-
-
-def _squared_norm(grad: Tensor) -> Tensor:
-    whole = grad.numel() // NORM_ROW * NORM_ROW
-    rows, rest = grad[:whole].view(-1, NORM_ROW), grad[whole:]
-    return rows.square().sum(dim=1).sum(dtype=torch.float64) + rest.square().sum()
+    """Sum of squares of each gradient, float64 [gradients]."""
+    return torch.stack([grad.float().square().sum(dtype=torch.float64) for grad in grads])
 
 
 def norm_of(squared: Tensor) -> Tensor:
