@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from bench.parity import FLOAT32_TOLERANCE, FLOOR, LOW_PRECISION_FACTOR, relative_rms
 from kernels.adaln_attention import gated_residual as gated
 from kernels.adaln_attention import modulate, reference
 
@@ -18,9 +19,6 @@ TRITON = {
     "residual_adaln_modulate": modulate.residual_adaln_modulate,
     "gated_residual": gated.gated_residual,
 }
-FLOAT32_TOLERANCE = 1e-5  # relative RMS against float64
-LOW_PRECISION_FACTOR = 2.0  # error, relative to that of the PyTorch reference of the same dtype
-FLOOR = 1e-6
 
 
 def inputs_of(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Any]:
@@ -84,11 +82,6 @@ def exact(name: str) -> Callable[..., Any]:
         return x_BLD + gate_BD[:, None] * y_BLD + addend_BLD
 
     return locals()[name]
-
-
-def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    difference = (actual.double() - expected.double()).square().mean().sqrt()
-    return (difference / expected.double().square().mean().sqrt().clamp_min(1e-30)).item()
 
 
 def check(name: str, inputs: dict[str, Any], dtype: torch.dtype) -> None:

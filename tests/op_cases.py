@@ -21,7 +21,6 @@ BACKENDS = [
     pytest.param("triton", marks=needs_interpreter),
     pytest.param("compile", marks=pytest.mark.slow),
 ]
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def adamw_inputs(shapes: Any, seed: int = 0, **options: Any) -> dict[str, Any]:

@@ -11,13 +11,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_cases import BACKENDS, FLOATS, adamw_inputs, needs_interpreter
+from op_cases import BACKENDS, adamw_inputs, needs_interpreter
 from torch import Tensor
 
 from bench.parity import check_rounding, run
 from kernels import OPS
 from kernels.adamw.bfloat16 import join, round_stochastically, rounding_key, split
 from kernels.adamw.reference import StepScalars, step_scalars, update_lists
+from kernels.registry import FLOATS
 
 # Arithmetic over many steps ----------------------------------------------------------------------
 

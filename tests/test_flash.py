@@ -14,16 +14,17 @@ from torch import Tensor
 
 import kernels
 from bench.interpreter import counted, reversed_programs
+from bench.parity import FLOAT32_TOLERANCE, FLOOR, LOW_PRECISION_FACTOR, relative_rms
 from kernels.adaln_attention.flash import attention, attention_op
 from kernels.adaln_attention.flash_tiles import usable
 from kernels.adaln_attention.reference import attention as reference
 from kernels.launch import Launch, intercepted
+from kernels.registry import FLOATS
 from transfer1.model.block import checkpointing
 
 pytestmark = needs_interpreter
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {  # B, L, M, N, K: each head size, lengths that divide no tile, and a single query
     "cross_32": (2, 77, 53, 3, 32),
     "self_64": (3, 130, 130, 1, 64),
@@ -33,9 +34,6 @@ SHAPES = {  # B, L, M, N, K: each head size, lengths that divide no tile, and a 
     "full_tiles": (1, 128, 256, 1, 128),
     "one_query": (2, 1, 150, 1, 64),
 }
-FLOAT32_TOLERANCE = 1e-5
-LOW_PRECISION_FACTOR = 2.0  # times the error of the reference in the same dtype
-FLOOR = 1e-6
 RESULTS = ("out", "dq", "dk", "dv")
 
 Qkv = tuple[Tensor, Tensor, Tensor]
@@ -85,11 +83,6 @@ def exact_results(qkv: Qkv, grad: Tensor) -> dict[str, Tensor]:
     return results(oracle, (q, k, v), grad.double())
 
 
-def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    difference = (actual.double() - expected).square().mean().sqrt()
-    return (difference / expected.square().mean().sqrt().clamp_min(1e-30)).item()
-
-
 def check(actual: dict[str, Tensor], qkv: Qkv, grad: Tensor) -> None:
     exact = exact_results(qkv, grad)
     theirs = results(reference, qkv, grad)
@@ -103,7 +96,7 @@ def check(actual: dict[str, Tensor], qkv: Qkv, grad: Tensor) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("target", TARGETS)
 def test_output_and_gradients(target: str, dtype: torch.dtype, shape: str) -> None:
     qkv = inputs(*SHAPES[shape], dtype=dtype)

@@ -15,7 +15,6 @@ from modulate_oracle import (
     exact,
     inputs_of,
     outputs_of,
-    relative_rms,
     run,
 )
 from op_cases import needs_interpreter
@@ -24,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from bench.interpreter import counted, reversed_programs
+from bench.parity import relative_rms
 from kernels.adaln_attention import rows
 
 pytestmark = needs_interpreter

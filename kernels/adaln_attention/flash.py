@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import check_device, target_of
+from ..registry import FLOATS
 from .flash_backward import attention_gradients
 from .flash_configs import HEAD_SIZES, configs_for
 from .flash_tiles import (
@@ -31,8 +32,6 @@ from .flash_tiles import (
     usable,
     without_absent,
 )
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _LN_2 = tl.constexpr(math.log(2.0))
 
@@ -129,10 +128,10 @@ def check_attention(q_BLNK: Tensor, k_BMNK: Tensor, v_BMNK: Tensor) -> None:
                 f"attention: {name} has shape {tuple(x.shape)}, but must have four axes: batch, "
                 f"tokens, heads, head size; {remedy}"
             )
-        if x.dtype not in DTYPES or x.dtype != q_BLNK.dtype:
+        if x.dtype not in FLOATS or x.dtype != q_BLNK.dtype:
             raise ValueError(
                 f"attention: {name} is {x.dtype} and q is {q_BLNK.dtype}, but all must be the same "
-                f"of {', '.join(map(str, DTYPES))}; {remedy}"
+                f"of {', '.join(map(str, FLOATS))}; {remedy}"
             )
         if x.device != q_BLNK.device:
             raise ValueError(
