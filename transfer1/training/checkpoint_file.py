@@ -8,56 +8,27 @@ ema_updates, skipped, skipped_in_a_row and the table of kernels.
 
 from __future__ import annotations
 
-import os
 import pickle
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
 import torch
 from loguru import logger
-from omegaconf import DictConfig, ListConfig
-from omegaconf.base import ContainerMetadata, Metadata
-from omegaconf.nodes import AnyNode
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from transfer1.config import ConfigError
 from transfer1.interop import keys
+from transfer1.interop.files import REFERENCE_TYPES
 
-# What files of the original hold besides tensors and plain values: a list of its configuration
-# (the betas in the optimizer's group) drags these containers along. Building them runs no code.
-REFERENCE_TYPES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    ListConfig,
-    DictConfig,
-    ContainerMetadata,
-    Metadata,
-    AnyNode,
-    Any,
-    defaultdict,
-    *(list, dict, int, float, str, bool),
-]
 LAYOUT = ("model", "optimizer", "scheduler", "grad_scaler", "iteration")
 MODEL_LAYOUT = ("model", "ema", "trained_data_record")
 
 
 class CheckpointError(ConfigError):
     """A checkpoint that cannot be read; the message names the file and what to do."""
-
-
-def save_atomically(content: Any, path: Path) -> None:
-    """`torch.save` under a temporary name, flushed to the disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def snapshot(value: Any) -> Any:
