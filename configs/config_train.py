@@ -11,6 +11,7 @@ from configs import (
     ema,
     experiments,
     kernel_choice,
+    lora,
     net,
     optimizer,
     scheduler,
@@ -37,6 +38,7 @@ DEFAULTS = [
     {"ckpt_klass": "multi_rank"},
     {"tokenizer": "vae1"},
     {"kernels": "auto"},
+    {"lora": None},
     {"experiment": None},
 ]
 
@@ -55,6 +57,7 @@ def register_configs() -> None:
         checkpoint,
         tokenizer,
         kernel_choice,
+        lora,
         experiments,
     ):
         family.register()

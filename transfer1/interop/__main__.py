@@ -31,7 +31,19 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     check = commands.add_parser("check", help="tell what loading a released file does to every key")
     check.add_argument("source", type=Path, help="base_model.pt, edge_control.pt, ...")
     check.add_argument("--part", choices=("base", "control"), help="default: by the file's name")
-    for command in (convert, check):
+    adapter = commands.add_parser("adapter", help="export the LoRA adapters of a checkpoint")
+    adapter.add_argument("source", type=Path, help="checkpoint of a run with lora=NAME")
+    adapter.add_argument("target", type=Path, help="folder to write")
+    adapter.add_argument("--to", choices=("peft", "diffusers"), default="peft")
+    merge = commands.add_parser(
+        "merge-lora", help="add adapters to the weights: a plain checkpoint"
+    )
+    merge.add_argument("source", type=Path, help="checkpoint of a run with lora=NAME, or the base")
+    merge.add_argument("target", type=Path, help="X.pt, for checkpoint.load_path with lora=null")
+    merge.add_argument("--adapter", type=Path, help="folder of peft; default: those of source")
+    for command in (adapter, merge):
+        command.add_argument("--averages", action="store_true", help="take the averaged adapters")
+    for command in (convert, check, adapter, merge):
         command.add_argument("--config", default="configs/config_train.py", help="make_config()")
     return parser.parse_args(arguments[:split]), list(arguments[split + 1 :])
 
@@ -51,11 +63,17 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(options: argparse.Namespace, config: Config | None) -> list[str]:
     """The lines that a command prints."""
-    from . import convert, layouts, released
+    from . import adapters, convert, layouts, released
     from .files import Scratch
 
     if options.command == "convert":
         return convert.convert(options.source, options.target, options.to, config)
+    if options.command == "adapter":
+        return adapters.export(options.source, options.target, options.to, options.averages)
+    if options.command == "merge-lora":
+        return adapters.merge_into(
+            options.source, options.target, options.adapter, options.averages
+        )
     if config is None:
         raise ConfigError("check needs the networks: add `-- experiment=NAME`")
     with tempfile.TemporaryDirectory() as folder:

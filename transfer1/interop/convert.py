@@ -37,12 +37,7 @@ def convert(source: Path, target: Path, layout: str, config: Config | None = Non
         FileNotFoundError, ValueError: see `layouts`.
         ConfigError: there is something at `target`, or diffusers without a configuration.
     """
-    taken = [p for p in (target, sibling(target, "_model_mp_0.pt")) if p.exists()]
-    if taken:
-        raise ConfigError(f"{taken[0]} exists: nothing is overwritten, give another name")
-    folder = target if layout == "diffusers" else target.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Scratch(folder)
+    scratch = scratch_for(target, folder=layout == "diffusers")
     found = read_diffusers(source) if source.is_dir() else read(source, scratch)
     lines = [f"read {source} ({found.layout}), iteration {found.iteration}: {_account(found)}"]
     lines += found.notes
@@ -55,6 +50,20 @@ def convert(source: Path, target: Path, layout: str, config: Config | None = Non
     if left_out:
         lines.append(f"left out, {layout} has no place for it: {', '.join(left_out)}")
     return lines
+
+
+def scratch_for(target: Path, folder: bool) -> Scratch:
+    """Make room for an output, a file or a folder, where nothing may be yet.
+
+    Raises:
+        ConfigError: there is something.
+    """
+    for path in (target, sibling(target, "_model_mp_0.pt"), sibling(target, "_reg_model.pt")):
+        if path.exists():
+            raise ConfigError(f"{path} exists: nothing is overwritten, give another name")
+    place = target if folder else target.parent
+    place.mkdir(parents=True, exist_ok=True)
+    return Scratch(place)
 
 
 def _account(found: Checkpoint) -> str:

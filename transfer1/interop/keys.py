@@ -37,6 +37,7 @@ RELEASED = (EXTRA_STATE, COMPILED, CONDITIONER)
 
 # Keys that a file may lack.
 FRESH_LOG_VARIANCE = Rule("log-variance head, starts afresh", r"^logvar\.")
+FRESH_ADAPTER = Rule("adapters, start without effect", r"\.lora_(A\.weight|B\.weight|alpha)$")
 POSITION_INDEX = Rule("position index, the same in every network", r"\bpos_embedder\.seq$")
 
 

@@ -9,6 +9,7 @@ ema_updates, skipped, skipped_in_a_row and the table of kernels.
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,8 @@ def fit_weights(
 ) -> dict[str, Tensor]:
     """Return a full state dict for `model` made of `weights`.
 
+    Adapters may be absent, all of them together: they start without effect.
+
     Not strict: entries that are missing or of another shape keep the values of the model, unknown
     ones are left out; all of them are logged.
 
@@ -133,6 +136,11 @@ def fit_weights(
     own = model.state_dict()
     unexpected = sorted(weights.keys() - own.keys())
     missing = sorted(own.keys() - weights.keys())
+    adapters = [name for name in missing if re.search(keys.FRESH_ADAPTER.pattern, name)]
+    if len(adapters) == sum(bool(re.search(keys.FRESH_ADAPTER.pattern, name)) for name in own):
+        missing = [name for name in missing if name not in adapters]
+        if adapters:
+            logger.info(f"{source}: {len(adapters)} absent ({keys.FRESH_ADAPTER.name})")
     shapes = [
         f"{name} {tuple(weights[name].shape)} where the model has {tuple(own[name].shape)}"
         for name in sorted(own.keys() & weights.keys())
