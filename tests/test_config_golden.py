@@ -34,7 +34,7 @@ def leaves(config: Config) -> golden_config.Leaves:
 
 
 def test_golden_root(golden: dict[str, Any]) -> None:
-    """Every field of the root before composition, and the defaults list with `kernels` and `lora` added."""
+    """Every field of the root before composition; `kernels` and `lora` are new in the defaults."""
     original = golden["base_config_before_override"]
     *groups, experiment = original.pop("defaults")
     original["model"].pop("ema")  # repeated by the default option of group `ema`
