@@ -1,6 +1,8 @@
 """Run as a process of its own: a real training run, and the memory that it took at its peak.
 
-python tests/measure_memory.py FOLDER PIXELS WIDTH OVERRIDE... prints {"planned": ..., "measured": ...}
+    python tests/measure_memory.py FOLDER PIXELS WIDTH OVERRIDE...
+
+prints {"planned": bytes, "measured": bytes, ...}.
 """
 
 from __future__ import annotations

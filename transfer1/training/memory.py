@@ -25,8 +25,8 @@ from transfer1.model.transfer import Transfer, build_transfer
 from .device import choose_dtype
 
 TEXT_TOKENS = 512  # where the data set does not say
-# Per parameter and backend, what an update holds at its peak: the reference goes over all parameters
-# at once, with six float32 lists alive (gradients, squares, denominators, updates, decay, sum).
+# Bytes per parameter and backend that an update holds at its peak: the reference goes over all
+# parameters at once, with six float32 lists alive (gradients, squares, denominators, updates, decay, sum).
 STEP_BYTES = {"reference": 24}
 
 
@@ -153,7 +153,7 @@ def planning_ops() -> Ops:
 
 def model_without_memory(config: Config, ops: Ops) -> Transfer:
     """The networks of a run on the meta device, adapters and frozen parts as the run has them."""
-    bare = OmegaConf.merge(config)
+    bare: Any = OmegaConf.merge(config)
     OmegaConf.set_readonly(bare, False)
     bare.model.tokenizer = None
     bare.model.base_load_from = None
