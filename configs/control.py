@@ -1,4 +1,4 @@
-"""Groups `hint_key` and `net_ctrl`: what the control branch sees and how it is built.
+"""Group `hint_key`: what the control branch sees.
 
 A control modality is one row of `CONTROLS` and one class in `transfer1/data/controls.py`; its hint
 key and its entries in the data groups derive from the row.
@@ -9,10 +9,6 @@ from __future__ import annotations
 import attrs
 from hydra.core.config_store import ConfigStore
 
-from transfer1.config import LazyCall as L
-
-from .net import FADITV2_7B, TINY_FA
-
 
 @attrs.frozen
 class Control:
@@ -20,11 +16,14 @@ class Control:
 
     Attributes:
         name: as in `control_input_<name>`.
-        dataset_dir: folder of its example data; None while no class produces the control.
+        dataset_dir: folder of its example data.
+        recipe: which released recipe its experiments follow: "lvg" (any video, first frames may be
+            given) or "av" (driving, nothing given), the files of `configs/experiments/`.
     """
 
     name: str
-    dataset_dir: str | None = None
+    dataset_dir: str = "datasets/hdvila"
+    recipe: str = "lvg"
 
     @property
     def hint_key(self) -> str:
@@ -34,18 +33,18 @@ class Control:
 
 CONTROLS = (
     Control("vis"),
-    Control("edge", dataset_dir="datasets/hdvila"),
+    Control("edge"),
     Control("depth"),
     Control("seg"),
     Control("keypoint"),
     Control("upscale"),
-    Control("hdmap"),
-    Control("lidar"),
+    Control("hdmap", dataset_dir="datasets/waymo_transfer1/", recipe="av"),
+    Control("lidar", dataset_dir="datasets/waymo_transfer1/", recipe="av"),
 )
 
 
 def register() -> None:
-    """Store the options of `hint_key` and `net_ctrl`."""
+    """Store the options of `hint_key`."""
     store = ConfigStore.instance().store
     for control in CONTROLS:
         for suffix, grayscale in (("", False), ("_grayscale", True)):
@@ -55,15 +54,3 @@ def register() -> None:
                 name=control.hint_key + suffix,
                 node={"hint_key": {"hint_key": control.hint_key, "grayscale": grayscale}},
             )
-    for name, arguments, num_control_blocks in (
-        ("faditv2_7b", FADITV2_7B, 15),
-        ("tiny_fa", TINY_FA, 3),
-    ):
-        store(
-            group="net_ctrl",
-            package="model.net_ctrl",
-            name=name,
-            node=L("transfer1.model.control.ControlEncoder")(
-                **arguments, hint_channels=16, num_control_blocks=num_control_blocks
-            ),
-        )

@@ -84,7 +84,7 @@ def test_nothing_chosen(
     assert missing in message
     for choices in (
         f"experiment= .*{EXPERIMENT}",
-        "net= faditv2_7b, tiny_fa",
+        "net= faditv2_2b, faditv2_400m, faditv2_7b, tiny_fa",
         "data_train= .*example_transfer_train_data_control_input_edge",
     ):
         assert re.search(choices, message), message

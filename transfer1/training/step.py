@@ -9,7 +9,7 @@ channels of a hint. A latent is [B, C, t, h, w]; pixels are [B, 3, F, H, W].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from transfer1.config import instantiate
 from transfer1.diffusion.condition import Condition, Conditioner, DataType
+from transfer1.diffusion.corruption import PixelCorruptor
 from transfer1.diffusion.denoise import Denoised, denoise
 from transfer1.diffusion.draws import Draws
 from transfer1.diffusion.edm import EDMScaling, NoiseDistribution, add_noise, draw_noise
@@ -37,7 +38,7 @@ class HintOptions:
     grayscale: bool = False
     hint_dropout_rate: float = 0.0  # chance of each condition to be blacked out, where K > 1
     hint_mask: Sequence[bool] = (True,)  # which conditions are used outside training
-    pixel_corruptor: Callable[[Tensor], Tensor] | None = None  # applied to the hint in training
+    pixel_corruptor: PixelCorruptor | None = None  # applied to the hint in training
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,8 @@ def read_hints(
             f"batch[{key!r}] has shape {tuple(hint.shape)}; expected a multiple of {RGB} channels "
             f"and frames, height, width {tuple(pixels.shape[2:])} as the clip has"
         )
+    if draws is not None and options.hint.pixel_corruptor is not None:
+        hint = options.hint.pixel_corruptor(hint, draws)
     weight = torch.as_tensor(batch.get("control_weight", 1.0))
     if weight.numel() == 1 or weight.ndim == 0:
         return [encode_hint(hint, tokenizer, options, draws)], [weight.reshape(())]
@@ -265,8 +268,6 @@ def encode_hint(
     """
     assert options.hint is not None
     given = options.hint
-    if draws is not None and given.pixel_corruptor is not None:
-        hint = given.pixel_corruptor(hint)
     groups = list(hint.split(RGB, dim=1))
     if given.grayscale:
         groups = [group.mean(dim=1, keepdim=True).expand_as(group) for group in groups]
