@@ -15,13 +15,12 @@ import torch
 from loguru import logger
 
 from kernels import Ops
-from transfer1.config import Config, ConfigError, instantiate, to_yaml
+from transfer1.config import Config, ConfigError, check_values, instantiate, to_yaml
 from transfer1.diffusion.draws import Draws
 from transfer1.model.transfer import Transfer
 
 from .callback import Batch, CallBackGroup, build_callbacks, implements
 from .device import (
-    check_counts,
     choose_device,
     choose_dtype,
     refuse_parallelism,
@@ -64,7 +63,7 @@ class Trainer:
     dataloader_val: Any
 
     def __init__(self, config: Config):
-        check_counts(config)
+        check_values(config)
         refuse_parallelism(config)
         if config.checkpoint.type is None:
             raise ConfigError("checkpoint.type is not set: choose ckpt_klass=multi_rank")
