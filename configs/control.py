@@ -1,7 +1,8 @@
 """Group `hint_key`: what the control branch sees.
 
-A control modality is one row of `CONTROLS` and one class in `transfer1/data/controls.py`; its hint
-key and its entries in the data groups derive from the row.
+A control modality is one row of `CONTROLS` and one class in `transfer1/data/controls`; its hint
+key, its entries in the data groups and its experiments derive from the row. A file of one's own may
+add both before it calls `make_config`.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ class Control:
     Attributes:
         name: as in `control_input_<name>`.
         dataset_dir: folder of its example data.
-        recipe: which released recipe its experiments follow: "lvg" (any video, first frames may be
-            given) or "av" (driving, nothing given), the files of `configs/experiments/`.
+        family: experiments it is trained in: `lvg` (videos of anything, first frames given), or
+            `av` (driving).
     """
 
     name: str
     dataset_dir: str = "datasets/hdvila"
-    recipe: str = "lvg"
+    family: str = "lvg"
 
     @property
     def hint_key(self) -> str:
@@ -31,16 +32,16 @@ class Control:
         return f"control_input_{self.name}"
 
 
-CONTROLS = (
+CONTROLS = [
     Control("vis"),
     Control("edge"),
     Control("depth"),
     Control("seg"),
     Control("keypoint"),
     Control("upscale"),
-    Control("hdmap", dataset_dir="datasets/waymo_transfer1/", recipe="av"),
-    Control("lidar", dataset_dir="datasets/waymo_transfer1/", recipe="av"),
-)
+    Control("hdmap", "datasets/waymo_transfer1/", family="av"),
+    Control("lidar", "datasets/waymo_transfer1/", family="av"),
+]
 
 
 def register() -> None:

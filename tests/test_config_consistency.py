@@ -101,9 +101,18 @@ IMPOSSIBLE: list[tuple[tuple[str, ...], list[str], list[str]]] = [
     ),
     (
         TWIN,
-        [f"model.hint_mask=[{','.join(['true'] * 9)}]"],
-        ["model.net_ctrl.hint_channels=128: give at least 144, .* each of the 9 conditions"],
+        [
+            "model.hint_key.hint_key=control_input_a_b",
+            "dataloader_train=null",
+            "dataloader_val=null",
+            "model.net_ctrl.hint_channels=24",
+        ],
+        [
+            "model.net_ctrl.hint_channels=24: give at least 32, .* for each of the 2 conditions",
+            r"model.hint_mask=\[True\]: give 2 entries, one for each condition of .*_a_b",
+        ],
     ),
+    (TWIN, ["model.n_views=5"], ["model.n_views=5: give 1"]),
     (
         TWIN,
         ["model.hint_key.hint_key=control_input_depth"],

@@ -22,7 +22,7 @@ from tiny import composed
 from torch import Tensor
 
 import train
-from configs import control, data
+from configs import control
 from configs.experiments import av, cpu, lvg
 from configs.experiments.released import merged
 from transfer1.config import compose, instantiate
@@ -65,11 +65,11 @@ def test_names_are_those_of_the_original(golden: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("phase", ["pretrain", "posttrain"])
-def test_experiments_of_a_recipe_differ_by_their_control_alone(phase: str) -> None:
-    """So what is compared with the original for one control holds for all of its recipe."""
-    for recipe in (lvg.experiments(), av.experiments()):
+def test_experiments_of_a_family_differ_by_their_control_alone(phase: str) -> None:
+    """So what is compared with the original for one control holds for all of its family."""
+    for family in (lvg.experiments(), av.experiments()):
         plain: dict[str, set[str]] = {}
-        for name, node in recipe.items():
+        for name, node in family.items():
             if not name.endswith(phase):
                 continue
             key = hint_key(name)
@@ -79,25 +79,23 @@ def test_experiments_of_a_recipe_differ_by_their_control_alone(phase: str) -> No
         assert all(len(texts) == 1 for texts in plain.values())
 
 
-def test_a_new_row_gives_new_experiments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_row_gives_new_experiments() -> None:
     """A control and its data options, hint keys, experiments and twins come from one row."""
     row = control.Control("flow", dataset_dir="datasets/flow")
-    for module in (control, data, lvg):
-        monkeypatch.setattr(module, "CONTROLS", (*control.CONTROLS, row), raising=True)
     name = "CTRL_7Bv1pt3_lvg_tp_121frames_control_input_flow_block3_pretrain"
-    assert lvg.experiments().keys() - RELEASED.keys() == {
-        name,
-        name.replace("pretrain", "posttrain"),
-    }
-    config = compose(CONFIG, [f"experiment={name}_cpu"])
+    control.CONTROLS.append(row)
     try:
-        assert config.model.hint_key.hint_key == "control_input_flow"
-        assert config.dataloader_train.dataset.hint_key == "control_input_flow"
+        new = lvg.experiments().keys() - RELEASED.keys()
+        assert new == {name, name.replace("pretrain", "posttrain")}
+        config = compose(CONFIG, [f"experiment={name}_cpu"])
     finally:
+        control.CONTROLS.remove(row)
         for group in ("experiment", "hint_key", "data_train", "data_val"):
             options = ConfigStore.instance().repo[group]
             for option in [option for option in options if "flow" in option]:
                 options.pop(option)
+    assert config.model.hint_key.hint_key == "control_input_flow"
+    assert config.dataloader_train.dataset.hint_key == "control_input_flow"
 
 
 def test_twins_change_sizes_only() -> None:
@@ -220,7 +218,7 @@ def test_golden_experiments_build_with_the_shapes_of_the_original(golden: dict[s
         channels = original["net_ctrl"]["hint_channels"]
         assert shapes_of(branch.state_dict()) == original_shapes(original["net_ctrl"], channels)
         checked.add(config.model.net.in_channels)
-    assert checked == {16, 17}  # both recipes
+    assert checked == {16, 17}  # both families
 
 
 @pytest.mark.parametrize(
@@ -267,7 +265,7 @@ def train_twin(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("name", [EDGE, HDMAP])
 def test_a_twin_trains(name: str, demo_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of each recipe; the others are in the slow test."""
+    """One of each family; the others are in the slow test."""
     if hint_key(name) not in CONTROLS:
         pytest.skip(f"nothing makes {hint_key(name)} yet")
     train_twin(name, demo_data, monkeypatch)

@@ -1,7 +1,7 @@
 """The released control models on driving clips; no frames are given.
 
 `CTRL_7Bv1pt3_t2w_<57 or 121>frames_control_input_<control>_block3_<pretrain or posttrain>`, for
-every row of `configs/control.py` with this recipe. Those of several cameras at once (sv2mv) are
+every row of `configs/control.py` of this family. Those of several cameras at once (sv2mv) are
 known by name only.
 """
 
@@ -14,7 +14,11 @@ from configs.control import CONTROLS
 from . import released
 
 RELEASE = "checkpoints/nvidia/Cosmos-Transfer1-7B-Sample-AV/checkpoints_tp"
-HINT_KEYS = tuple(control.hint_key for control in CONTROLS if control.recipe == "av")
+
+
+def hint_keys() -> list[str]:
+    """Controls of this family."""
+    return [control.hint_key for control in CONTROLS if control.family == "av"]
 
 
 def experiment(hint_key: str, num_frames: int, phase: str) -> dict[str, Any]:
@@ -44,7 +48,7 @@ def multi_view() -> dict[str, dict[str, Any]]:
     return {
         f"CTRL_7Bv1pt3_{task}_sv2mv_57frames_{hint_key}_block3_{phase}": node
         for task in ("t2w", "v2w")
-        for hint_key in HINT_KEYS
+        for hint_key in hint_keys()
         for phase in released.PHASES
     }
 
@@ -53,7 +57,7 @@ def experiments() -> dict[str, dict[str, Any]]:
     """Name -> node, without the multi-view ones."""
     nodes = [
         experiment(hint_key, num_frames, phase)
-        for hint_key in HINT_KEYS
+        for hint_key in hint_keys()
         for num_frames in (57, 121)
         for phase in released.PHASES
     ]

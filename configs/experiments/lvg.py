@@ -1,7 +1,7 @@
 """The released control models on 121-frame clips of any kind, whose first frames may be given.
 
 `CTRL_7Bv1pt3_lvg_tp_121frames_control_input_<control>_block3_<pretrain or posttrain>`, for every
-row of `configs/control.py` with this recipe.
+row of `configs/control.py` of this family.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def experiments() -> dict[str, dict[str, Any]]:
     nodes = [
         experiment(control.hint_key, phase)
         for control in CONTROLS
-        if control.recipe == "lvg"
+        if control.family == "lvg"
         for phase in released.PHASES
     ]
     return {node["job"]["name"]: node for node in nodes}

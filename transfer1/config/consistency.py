@@ -44,6 +44,7 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
     "model_parallel.pipeline_model_parallel_size": (1, 1),
     "model.sigma_data": (1e-6, None),
     "model.hint_dropout_rate": (0, 1),
+    "model.n_views": (1, 1),
     "model.net.num_blocks": (1, None),
     "model.net_ctrl.dropout_ctrl_branch": (0, 1),
     "model.sde.p_std": (0, None),
@@ -161,13 +162,20 @@ def hints(config: Config) -> Problems:
         yield "model.pixel_corruptor: damages control videos, but there is no net_ctrl; choose one"
     if config.model.net_ctrl is not None and hint_key is None:
         yield "model.hint_key=null: the control branch needs one; choose hint_key=NAME"
-    if control is not None and channels is not None:
-        conditions = len(config.model.hint_mask)
-        if control.hint_channels < channels * conditions:
+    if control is not None and hint_key is not None:
+        # control_input_edge_depth holds two conditions
+        conditions = len(hint_key.hint_key.removeprefix("control_input_").split("_"))
+        if channels is not None and control.hint_channels < channels * conditions:
             yield (
                 f"model.net_ctrl.hint_channels={control.hint_channels}: give at least "
                 f"{channels * conditions}, {channels} latent channels for each of the {conditions} "
-                "conditions of model.hint_mask"
+                f"conditions of model.hint_key.hint_key={hint_key.hint_key}"
+            )
+        mask = config.model.hint_mask
+        if conditions > 1 and config.model.hint_dropout_rate > 0 and len(mask) != conditions:
+            yield (
+                f"model.hint_mask={list(mask)}: give {conditions} entries, one for each condition "
+                f"of model.hint_key.hint_key={hint_key.hint_key}"
             )
     for key, dataset in _datasets(config):
         if config.model.net_ctrl is None or hint_key is None:

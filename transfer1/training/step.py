@@ -132,13 +132,16 @@ def compute_loss(
     condition = conditioner(batch, draws, data_type)
     is_video = data_type is DataType.VIDEO
     frames = conditioner.frames if is_video else None
-    if frames is not None:
-        if options.latent_frames and frames.sample_tokens_start_from_p_or_i:
-            latent = crop_latent(latent, options.latent_frames, draws)
-        condition = condition_on_frames(condition, latent, frames, draws)
     hints, weights = read_hints(
         batch, pixels, tokenizer, options, draws if model.training else None
     )
+    if frames is not None:
+        if options.latent_frames and frames.sample_tokens_start_from_p_or_i:
+            # The draw has a key, so that clip and hints get the same window.
+            latent, *hints = (
+                crop_latent(whole, options.latent_frames, draws) for whole in (latent, *hints)
+            )
+        condition = condition_on_frames(condition, latent, frames, draws)
 
     stretch = is_video and options.adjust_video_noise
     multiplier = math.sqrt(latent.shape[2]) if stretch else 1.0
