@@ -22,6 +22,7 @@ setup-test: .venv/.test
 .venv/.test: .venv/.runtime
 	@echo "Adding the test tools to .venv"
 	@$(PIP) --no-build-isolation --editable '.[test]'
+	@$(PIP) --no-deps timm  # one file of it is used, which needs none of torchvision
 	@touch $@
 
 demo: setup
