@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from configs.net import COMMON
@@ -23,10 +22,10 @@ from transfer1.diffusion.condition import Condition
 from transfer1.model.dit import DiT
 
 from .diffusers_peer import run_theirs, their_network
-from .timing import describe, machine, markdown, take_turns
+from .flops import count_flops
+from .timing import describe, machine, markdown, matrix_product, take_turns
 
 CONTEXT_TOKENS = 512
-MATRIX = 2048  # side of the matrix product that sets the limit
 COLUMNS: dict[str, Callable[[Any], str]] = {
     "size": str,
     "dtype": str,
@@ -111,13 +110,10 @@ def time_networks(size: str, dtype: str, backends: list[str], rounds: int) -> li
         for backend, network in ours.items()
     }
     calls["diffusers"] = _training(theirs, lambda n: run_theirs(n, x, noise_level, condition))
-    with FlopCounterMode(display=False) as counter:
-        next(iter(calls.values()))()
-    flops = counter.get_total_flops()
-    matrix = torch.randn(MATRIX, MATRIX).to(kind)
-    calls["GEMM"] = lambda: matrix @ matrix
+    flops = count_flops(calls["diffusers"])
+    calls["GEMM"], product_flops = matrix_product(kind, "cpu")
     times = take_turns(calls, rounds)
-    limit = 2 * MATRIX**3 / times.pop("GEMM").median
+    limit = product_flops / times.pop("GEMM").median
     return [
         {
             "size": size,

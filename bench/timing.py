@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-WARM_UP = 3  # rounds
+from kernels.batches import compiled
+
+WARM_UP = 3  # rounds, of which the fastest decides who is slow
 SLOW = 5  # times slower than the fastest: timed apart
 
 
@@ -30,13 +34,15 @@ class Time:
     spread: float
 
 
-def take_turns(rivals: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Time]:
+def take_turns(
+    rivals: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = WARM_UP
+) -> dict[str, Time]:
     """Time all rivals in each round, so that what slows the machine down slows all of them.
 
     Those that are many times slower take their turns afterwards: in the same rounds they would
     leave the data of the others cold, in caches and page tables.
     """
-    first = {name: min(_seconds(call) for _ in range(WARM_UP)) for name, call in rivals.items()}
+    first = {name: min(_seconds(call) for _ in range(warm_up)) for name, call in rivals.items()}
     fastest = min(first.values())
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for is_slow, count in ((False, rounds), (True, max(3, rounds // 3))):
@@ -71,15 +77,43 @@ def memory_pass(size: int, device: torch.device | str, *, reads_only: bool) -> C
     return change
 
 
+def matrix_product(dtype: torch.dtype, device: torch.device | str) -> tuple[Callable[[], Any], int]:
+    """A square matrix product and its flops: what no kernel made of products can beat by much."""
+    side = 2048 if torch.device(device).type == "cpu" else 8192
+    matrix = torch.randn(side, side, dtype=dtype, device=device)
+    return lambda: matrix @ matrix, 2 * side**3
+
+
+def forget_compiled() -> None:
+    """Start anew with `torch.compile`: what was compiled before shapes what is compiled next.
+
+    A function that has seen several sizes is compiled for any size, and one that has been compiled
+    too often no longer at all.
+    """
+    torch.compiler.reset()
+    compiled.cache_clear()
+
+
 def machine(device: torch.device | str) -> dict[str, Any]:
     """Where and with what the numbers were taken."""
     facts: dict[str, Any] = {
         "device": _processor() if torch.device(device).type == "cpu" else _gpu(device),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+    for package in ("triton", "numpy"):
+        facts[package] = package_version(package)
     return facts
+
+
+def package_version(name: str) -> str:
+    """Version of an installed package, or "not installed"."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def describe(facts: Mapping[str, Any]) -> str:
