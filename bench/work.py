@@ -132,13 +132,13 @@ def _works(
 ) -> Iterator[Work]:
     forget_compiled()
     is_trained = differentiable(inputs)  # and changes none of its inputs
-    ours = {
-        b: _call(op, b, device, inputs if is_trained else copy.deepcopy(inputs)) for b in backends
-    }
-    if "compile" in ours and op.compiled is None:
+    if "compile" in backends and op.compiled is None:
         check_parity(op, op.build("compile", device), inputs)
     peers = peers_of(op.name, inputs, dtype)
     cost = forward_cost(op, inputs)
+    ours = {
+        b: _call(op, b, device, inputs if is_trained else copy.deepcopy(inputs)) for b in backends
+    }
     if not is_trained:
         yield _work(op, size, dtype, "", cost, ours, peers, device)
         return
@@ -147,11 +147,11 @@ def _works(
     gradients = [torch.randn_like(output) for output in outputs]
     leaves = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
     cost = training_cost(op, inputs, outputs)
-    trained = [
-        {n: partial(_forward_backward, call, leaves, gradients) for n, call in calls.items()}
-        for calls in (ours, peers)
-    ]
-    yield _work(op, size, dtype, TRAINING, cost, *trained, device)
+
+    def trained(calls: Mapping[str, Callable[[], Any]]) -> Mapping[str, Callable[[], Any]]:
+        return {n: partial(_forward_backward, call, leaves, gradients) for n, call in calls.items()}
+
+    yield _work(op, size, dtype, TRAINING, cost, trained(ours), trained(peers), device)
 
 
 def _work(
