@@ -27,7 +27,8 @@ class Time:
 
     Attributes:
         median: of all rounds.
-        spread: half the distance between the quartiles, relative to the median.
+        spread: half the distance between the quartiles (of fewer than four rounds, between the
+            fastest and the slowest), relative to the median.
     """
 
     median: float
@@ -144,8 +145,9 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 def _summary(values: list[float]) -> Time:
     if len(values) < 4:
-        return Time(statistics.median(values), 0.0)
-    low, median, high = statistics.quantiles(values, n=4)
+        low, median, high = min(values), statistics.median(values), max(values)
+    else:
+        low, median, high = statistics.quantiles(values, n=4)
     return Time(median, (high - low) / 2 / median)
 
 

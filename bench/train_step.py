@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -78,11 +79,6 @@ class Size:
         ]
 
 
-SIZES = {
-    "tiny": Size(128, 2, (4, 16, 16)),  # 256 tokens
-    "small": Size(256, 4, (4, 32, 32)),  # 1,024
-    "medium": Size(512, 8, (8, 32, 32)),  # 2,048
-}
 LATENTS = {
     256: (4, 16, 16),
     512: (8, 16, 16),
@@ -90,13 +86,18 @@ LATENTS = {
     2048: (8, 32, 32),
     4096: (16, 32, 32),
     8192: (8, 64, 64),
+}  # tokens -> latent
+SIZES = {
+    "tiny": Size(128, 2, LATENTS[256]),
+    "small": Size(256, 4, LATENTS[512]),
+    "medium": Size(512, 8, LATENTS[1024]),
 }
 # What grows -> its values and the size with each of them.
 SCALING: Mapping[str, Mapping[int, Size]] = {
-    "tokens": {tokens: Size(256, 4, latent) for tokens, latent in LATENTS.items()},
+    "tokens": {tokens: Size(128, 4, latent) for tokens, latent in LATENTS.items()},
     "width": {width: Size(width, 4, LATENTS[512]) for width in (128, 256, 512, 1024)},
-    "blocks": {blocks: Size(256, blocks, LATENTS[512]) for blocks in (2, 4, 8, 16)},
-    "batch": {batch: Size(256, 4, LATENTS[256], batch) for batch in (1, 2, 4, 8)},
+    "blocks": {blocks: Size(128, blocks, LATENTS[512]) for blocks in (2, 4, 8, 16)},
+    "batch": {batch: Size(128, 4, LATENTS[256], batch) for batch in (1, 2, 4, 8)},
 }
 QUICK = Size(64, 1, (1, 8, 8))
 
@@ -141,7 +142,7 @@ def kernels_on(device: str) -> list[str]:
 
 
 def time_step(
-    name: str, overrides: Sequence[str], backends: Sequence[str], rounds: int, warm_up: int = 2
+    name: str, overrides: Sequence[str], backends: Sequence[str], rounds: int
 ) -> list[dict[str, Any]]:
     """Rows of one configuration, one per choice of `kernels`; they take turns.
 
@@ -150,6 +151,7 @@ def time_step(
     """
     if "compile" in backends:  # batches of lists are compiled once for all sizes
         forget_compiled()
+    started = monotonic()
     with tempfile.TemporaryDirectory() as folder:
         build = partial(build_trainer, overrides, folder=Path(folder))
         trainers: dict[str, StepTrainer] = {backend: build(backend) for backend in backends}
@@ -157,7 +159,7 @@ def time_step(
         flops = count_flops((trainers.get("reference") or build("reference")).step)
         product, product_flops = matrix_product(first.dtype, first.device)
         calls: dict[str, Callable[[], Any]] = {b: t.step for b, t in trainers.items()}
-        times = take_turns({**calls, "GEMM": product}, rounds, warm_up)
+        times = take_turns({**calls, "GEMM": product}, rounds, warm_up=1)
         limit = product_flops / times["GEMM"].median
         rows = []
         for backend, trainer in trainers.items():
@@ -182,7 +184,7 @@ def time_step(
             )
     del trainers, calls, first
     gc.collect()
-    print(f"{name}: done", flush=True)
+    print(f"{name}: done after {monotonic() - started:.0f} s", flush=True)
     return rows
 
 
@@ -217,7 +219,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--part", nargs="+", choices=("sizes", "scaling"), default=["sizes", "scaling"]
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one tiny size: does it work at all")
     parser.add_argument("--json", type=Path, help="write machine and rows to this file")
     parser.add_argument("--plot", type=Path, help="draw the growth of the cost as a PNG")
@@ -241,11 +243,11 @@ def _configurations(options: argparse.Namespace) -> dict[str, Sequence[str]]:
 def _scaling(options: argparse.Namespace, device: str) -> Iterator[dict[str, Any]]:
     """Rows of the second table, for the first choice of `kernels`."""
     backends = (options.kernels or kernels_on(device))[:1]
-    rounds, warm_up = (1, 1) if options.quick else (max(2, options.rounds // 2), 1)
+    rounds = 1 if options.quick else max(2, options.rounds // 2)
     for name, sizes in SCALING.items():
         for value, size in list(sizes.items())[: 2 if options.quick else None]:
             shown = f"{name} {value}"
-            (row,) = time_step(shown, size.overrides(), backends, rounds, warm_up)
+            (row,) = time_step(shown, size.overrides(), backends, rounds)
             yield {"grows": name, **row, name: value}
 
 
