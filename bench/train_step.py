@@ -191,10 +191,12 @@ def time_step(
 def plot(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], file: Path) -> None:
     """Draw seconds per step over what grows, one panel each, as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     names = list(dict.fromkeys(row["grows"] for row in rows))
     figure = Figure(figsize=(3.6 * len(names), 3.6), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    for axes, name in zip(panels, names, strict=True):
         points = [row for row in rows if row["grows"] == name]
         values = [row[name] for row in points]
         seconds = [row["ms"] / 1e3 for row in points]
@@ -202,18 +204,20 @@ def plot(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], file: Path
         proportional = [seconds[0] * value / values[0] for value in values]
         axes.loglog(values, proportional, ":", color="grey", label="proportional")
         axes.set_xticks(values, [f"{value:,}" for value in values])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("seconds per training step")
-    figure.axes[0].legend()
+    panels[0].set_ylabel("seconds per training step")
+    panels[0].legend()
     figure.suptitle(f"{facts['device']}, {facts['threads']} threads", fontsize=9)
     figure.savefig(file, dpi=120)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.train_step", description=__doc__.split("\n")[0]
+        prog="python -m bench.train_step",
+        usage="%(prog)s [options] [experiment=NAME key=value ...]",
+        description=__doc__.split("\n")[0],
     )
     parser.add_argument("--kernels", nargs="+", choices=BACKENDS, help="all that differ by default")
     parser.add_argument(
@@ -223,11 +227,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one tiny size: does it work at all")
     parser.add_argument("--json", type=Path, help="write machine and rows to this file")
     parser.add_argument("--plot", type=Path, help="draw the growth of the cost as a PNG")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration to time")
-    options = parser.parse_args(arguments)
-    wrong = [override for override in options.overrides if "=" not in override.lstrip("~+")[1:]]
-    if wrong and not all(override.startswith("~") for override in wrong):
-        parser.error(f"{wrong[0]!r} is no override: write key=value, or put options before them")
+    given = sys.argv[1:] if arguments is None else arguments
+    overrides = [a for a in given if a.startswith("~") or ("=" in a and not a.startswith("-"))]
+    options = parser.parse_args([a for a in given if a not in overrides])
+    options.overrides = overrides
     return options
 
 
