@@ -112,7 +112,7 @@ def time_networks(size: str, dtype: str, backends: list[str], rounds: int) -> li
     calls["diffusers"] = _training(theirs, lambda n: run_theirs(n, x, noise_level, condition))
     flops = count_flops(calls["diffusers"])
     calls["GEMM"], product_flops = matrix_product(kind, "cpu")
-    times = take_turns(calls, rounds)
+    times = take_turns(calls, rounds, warm_up=2)
     limit = product_flops / times.pop("GEMM").median
     return [
         {

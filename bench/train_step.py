@@ -159,7 +159,7 @@ def time_step(
         flops = count_flops((trainers.get("reference") or build("reference")).step)
         product, product_flops = matrix_product(first.dtype, first.device)
         calls: dict[str, Callable[[], Any]] = {b: t.step for b, t in trainers.items()}
-        times = take_turns({**calls, "GEMM": product}, rounds, warm_up=1)
+        times = take_turns({**calls, "GEMM": product}, rounds, warm_up=2)
         limit = product_flops / times["GEMM"].median
         rows = []
         for backend, trainer in trainers.items():
