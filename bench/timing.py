@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.batches import compiled
+from kernels import adaln_attention, batches
 
 WARM_UP = 3  # rounds, of which the fastest decides who is slow
 SLOW = 5  # times slower than the fastest: timed apart
@@ -93,7 +93,8 @@ def forget_compiled() -> None:
     too often no longer at all.
     """
     torch.compiler.reset()
-    compiled.cache_clear()
+    for planned in (batches.compiled, adaln_attention.compiled._compiled):
+        planned.cache_clear()
 
 
 def machine(device: torch.device | str) -> dict[str, Any]:
