@@ -90,7 +90,7 @@ LATENTS = {
 SIZES = {
     "tiny": Size(128, 2, LATENTS[256]),
     "small": Size(256, 4, LATENTS[512]),
-    "medium": Size(512, 8, LATENTS[1024]),
+    "medium": Size(384, 6, LATENTS[1024]),
 }
 # What grows -> its values and the size with each of them.
 SCALING: Mapping[str, Mapping[int, Size]] = {
