@@ -22,7 +22,7 @@ from kernels import OPS
 
 from . import networks, ops
 from .rivals import MULTI_TENSOR
-from .timing import WARM_UP, describe, machine, markdown, package_version
+from .timing import describe, machine, markdown, package_version
 
 PACKAGES = ("torch", "diffusers", "ema-pytorch", "timm")
 OPTIMIZER_SIZES = ("flat_48M", "transformer_200")
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = machine(device) | {name: package_version(name) for name in PACKAGES}
-    print(f"{describe(facts)}, warm-up {WARM_UP}, rounds {options.rounds}\n", flush=True)
+    print(f"{describe(facts)}, rounds {options.rounds}\n", flush=True)
     result: dict[str, Any] = {"machine": facts, "optimizer": [], "network": []}
     if "optimizer" in options.part:
         sizes = ["ragged"] if options.quick else OPTIMIZER_SIZES
