@@ -56,7 +56,10 @@ STEPS = (
     Step("ops", ("bench.ops", "--rounds", "9", "--json", "ops.json"), "ops.json", 180),
     Step(
         "train_step",
-        ("bench.train_step", "--part", "sizes", "--rounds", "5", "--json", "train_step.json"),
+        (
+            *("bench.train_step", "--part", "sizes", "--kernels", "triton", "reference"),
+            *("--rounds", "5", "--json", "train_step.json"),
+        ),
         "train_step.json",
         120,
     ),

@@ -60,6 +60,7 @@ class Size:
     blocks: int
     latent: tuple[int, int, int]  # frames, rows, columns
     batch: int = 1
+    precision: str = "float32"
 
     def overrides(self) -> list[str]:
         """Of the demo's configuration: heads of 64, a control branch of half as many blocks."""
@@ -74,6 +75,7 @@ class Size:
             *DEMO,
             f"model.latent_shape=[16,{','.join(map(str, self.latent))}]",
             f"dataloader_train.batch_size={self.batch}",
+            f"model.precision={self.precision}",
             f"model.net_ctrl.num_control_blocks={max(1, self.blocks // 2)}",
             *(f"model.{net}.{k}={v}" for net in ("net", "net_ctrl") for k, v in both.items()),
         ]
@@ -92,6 +94,8 @@ SIZES = {
     "small": Size(256, 4, LATENTS[512]),
     "medium": Size(384, 6, LATENTS[1024]),
 }
+# Only on a GPU: a step would take minutes on a CPU.
+GPU_SIZES = {"large": Size(2048, 8, LATENTS[8192], precision="bfloat16")}
 # What grows -> its values and the size with each of them.
 SCALING: Mapping[str, Mapping[int, Size]] = {
     "tokens": {tokens: Size(128, 4, latent) for tokens, latent in LATENTS.items()},
@@ -112,9 +116,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with _quiet_log():
             if "sizes" in options.part:
-                for name, overrides in _configurations(options).items():
+                for name, overrides in _configurations(options, device).items():
                     chosen = options.kernels or kernels_on(device)
                     result["rows"] += time_step(name, overrides, chosen, options.rounds)
+                    _save(result, options.json)
                 print(markdown(result["rows"], COLUMNS), flush=True)
             if "scaling" in options.part and not options.overrides:
                 result["scaling"] = list(_scaling(options, device))
@@ -122,8 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1))
+    _save(result, options.json)
     if options.plot and result["scaling"]:
         plot(result["scaling"], facts, options.plot)
         print(f"\nplot: {options.plot}")
@@ -234,13 +238,20 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _configurations(options: argparse.Namespace) -> dict[str, Sequence[str]]:
+def _save(result: Mapping[str, Any], file: Path | None) -> None:
+    """Write what there is so far: a run that is cut off leaves it."""
+    if file:
+        file.write_text(json.dumps(result, indent=1))
+
+
+def _configurations(options: argparse.Namespace, device: str) -> dict[str, Sequence[str]]:
     """Name -> overrides of what the first table times."""
     if options.overrides:
         return {" ".join(options.overrides): options.overrides}
     if options.quick:
         return {"quick": QUICK.overrides()}
-    return {name: size.overrides() for name, size in SIZES.items()}
+    sizes = SIZES | GPU_SIZES if device == "cuda" else SIZES
+    return {name: size.overrides() for name, size in sizes.items()}
 
 
 def _scaling(options: argparse.Namespace, device: str) -> Iterator[dict[str, Any]]:
