@@ -1,7 +1,8 @@
 """Groups `hint_key` and `net_ctrl`: what the control branch sees and how it is built.
 
-A control modality is one row of `CONTROLS` and one class in `transfer1/data/controls.py`; its hint
-key and its entries in the data groups derive from the row.
+A control modality is one row of `CONTROLS` and one class in `transfer1/data/controls`; its hint
+key, its entries in the data groups and its experiments derive from the row. A file of one's own may
+add both before it calls `make_config` (`tests/new_control.py` does).
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ class Control:
     """One control modality.
 
     Attributes:
-        name: as in `control_input_<name>`.
-        dataset_dir: folder of its example data; None while no class produces the control.
+        name: as in `control_input_<name>`, a key of `transfer1.data.controls.CONTROLS`; no
+            underscore, which joins the names of several controls.
+        dataset_dir: folder of its example data.
+        family: experiments it is trained in: `lvg` (videos of anything, first frames given), or
+            `av` (driving).
     """
 
-    name: str
-    dataset_dir: str | None = None
+    name: str = attrs.field(validator=attrs.validators.matches_re("[a-z0-9]+"))
+    dataset_dir: str = "datasets/hdvila"
+    family: str = "lvg"
 
     @property
     def hint_key(self) -> str:
@@ -32,16 +37,16 @@ class Control:
         return f"control_input_{self.name}"
 
 
-CONTROLS = (
+CONTROLS = [
     Control("vis"),
-    Control("edge", dataset_dir="datasets/hdvila"),
+    Control("edge"),
     Control("depth"),
     Control("seg"),
     Control("keypoint"),
     Control("upscale"),
-    Control("hdmap"),
-    Control("lidar"),
-)
+    Control("hdmap", "datasets/waymo_transfer1/", family="av"),
+    Control("lidar", "datasets/waymo_transfer1/", family="av"),
+]
 
 
 def register() -> None:

@@ -9,7 +9,7 @@ import torch
 from clips import moving_square, real_clip
 from goldens import COMMITTED, Run, find_runs
 
-from transfer1.data.controls import Edge, build_control, shrink_to_grid
+from transfer1.data.controls import Edge, build_controls, shrink_to_grid
 from transfer1.data.resize import (
     check_resolution,
     fit_size,
@@ -54,7 +54,7 @@ def test_golden_edge_presets(run: Run) -> None:
     edge = Edge(run.spec["preset"])
     assert Edge.THRESHOLDS[edge.preset] == tuple(run.spec["thresholds"])
     expected = run.group("output")["channel0"].numpy()
-    actual = edge(frames_of(clip), None, None)
+    actual = edge(frames_of(clip), None)
     assert actual.shape == (*expected.shape, 1) and expected.any()
     np.testing.assert_array_equal(actual[..., 0], expected)
 
@@ -63,7 +63,7 @@ def test_golden_edge_presets(run: Run) -> None:
 def test_golden_edge_of_drawn_thresholds(run: Run) -> None:
     clip = run.other("clip").group("input")["video"]
     lower, upper = run.spec["thresholds"]
-    actual = Edge()(frames_of(clip), None, FixedDraws(lower, upper - lower))
+    actual = Edge()(frames_of(clip), FixedDraws(lower, upper - lower))
     np.testing.assert_array_equal(actual[..., 0], run.group("output")["channel0"].numpy())
 
 
@@ -79,9 +79,9 @@ def test_drawn_thresholds_have_the_recorded_range() -> None:
 
 def test_edge_of_a_clip_is_the_edge_of_its_frames() -> None:
     clip = moving_square(3)
-    together = Edge("low")(clip, None, None)
+    together = Edge("low")(clip, None)
     for frame, expected in zip(clip, together, strict=True):
-        np.testing.assert_array_equal(Edge("low")(frame[None], None, None)[0], expected)
+        np.testing.assert_array_equal(Edge("low")(frame[None], None)[0], expected)
 
 
 def test_frames_are_shrunk_to_the_grid_and_never_enlarged() -> None:
@@ -89,7 +89,7 @@ def test_frames_are_shrunk_to_the_grid_and_never_enlarged() -> None:
     assert shrink_to_grid(small) is small
     large = np.zeros((1, 960, 1536, 3), np.uint8)
     assert shrink_to_grid(large).shape == (1, 704, 1126, 3)
-    assert Edge()(large, None, None).shape == (1, 704, 1126, 1)
+    assert Edge()(large, None).shape == (1, 704, 1126, 1)
 
 
 def test_golden_shrinking() -> None:
@@ -105,7 +105,7 @@ def test_edge_of_a_real_clip_is_like_the_released_one() -> None:
     """Preset medium against the edge video shipped beside the clip, which was compressed since."""
     frames = Video(real_clip("example1_input_video.mp4")).read(range(0, 121, 40))
     shipped = Video(real_clip("example1_edge.mp4")).read(range(0, 121, 40))[..., 0] > 127
-    edges = Edge("medium")(frames, None, None)[..., 0] > 127
+    edges = Edge("medium")(frames, None)[..., 0] > 127
     near = np.stack([cv2.dilate(e.astype(np.uint8), np.ones((3, 3), np.uint8)) for e in edges]) > 0
     near_shipped = (
         np.stack([cv2.dilate(e.astype(np.uint8), np.ones((3, 3), np.uint8)) for e in shipped]) > 0
@@ -119,9 +119,9 @@ def test_edge_of_a_real_clip_is_like_the_released_one() -> None:
 
 def test_unknown_control_and_preset_are_named() -> None:
     with pytest.raises(ValueError, match=r"hint_key=control_input_x: choose one of .*input_edge"):
-        build_control("control_input_x")
+        build_controls("control_input_x")
     with pytest.raises(ValueError, match=r"control_strength=strong: choose one of none, very_low"):
-        build_control("control_input_edge", "strong")
+        build_controls("control_input_edge", "strong")
 
 
 # Resize and pad -----------------------------------------------------------------------------------
