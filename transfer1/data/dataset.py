@@ -1,9 +1,10 @@
 """Clips of the dataset folder as training samples.
 
 Layout of the folder: `videos/<name>.mp4`, `t5_xxl/<name>.pickle` or `.pkl` (see
-`transfer1.data.text`), and for a control that is stored, `<control folder>/<name>.mp4` or `.pickle`.
-With several cameras, each of these folders has one per camera: `videos/<view>/<name>.mp4`; there, a
-text without the last `_<digit>` of the name serves the pieces of one recording.
+`transfer1.data.text`), and for a control that is stored, `<control folder>/<name>.mp4` or
+`.pickle`. With several cameras, each of these folders has one per camera,
+`videos/<view>/<name>.mp4`; there, a text without the last `_<digit>` of the name serves the pieces
+of one recording.
 
 Shapes: F frames, H rows, W columns, M text tokens, C text channels.
 """
@@ -11,7 +12,7 @@ Shapes: F frames, H rows, W columns, M text tokens, C text channels.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -148,10 +149,8 @@ class TransferDataset(Dataset[dict[str, Any]]):
         view = self.augmentation.view(rng("view"))
         whole = clip.video.read(window)
         size, frames = (whole.shape[1], whole.shape[2]), view(whole)
-        draws = {
-            name: rng(f"control {name}") if self.is_train else None for name in self.controls
-        }
-        cuts = [view]
+        draws = {name: rng(f"control {name}") if self.is_train else None for name in self.controls}
+        cuts: list[Callable[[np.ndarray], np.ndarray]] = [view]
         for name, control in self.controls.items():
             if box := control.reframe((frames.shape[1], frames.shape[2]), draws[name]):
                 frames = box(frames)
@@ -160,7 +159,8 @@ class TransferDataset(Dataset[dict[str, Any]]):
         target = target_size(self.resolution, *frames.shape[1:3])
         fitted = fit_size((frames.shape[1], frames.shape[2]), target)
         video, padding_mask = pad(resize(to_tensor(frames), fitted), target)
-        hints, text = [], {}
+        hints: list[torch.Tensor] = []
+        text: dict[str, str] = {}
         for name, control in self.controls.items():
             if isinstance(control, ComputedControl):
                 picture = control(frames, draws[name])

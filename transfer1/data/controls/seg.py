@@ -162,10 +162,11 @@ class MaskFile:
             raise ValueError(
                 f"{self.path}: mask {index}: {type(error).__name__} {error}; {EXPECTED}"
             ) from error
-        if size != [frames * height * width, 1]:
+        column = [frames * height * width, 1]
+        if size != column:
             raise ValueError(
-                f"{self.path}: mask {index} has size {size} for the shape {[frames, height, width]}; "
-                f"expected {[frames * height * width, 1]}: make it again"
+                f"{self.path}: mask {index} has size {size} for the shape "
+                f"{[frames, height, width]}; expected {column}: make it again"
             )
         try:
             runs = run_lengths(counts)
