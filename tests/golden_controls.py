@@ -16,7 +16,7 @@ from goldens import Run, compare, handles
 from transfer1.data.controls import Edge, Keypoint, Seg, Upscale, Vis, shrink_to_grid
 from transfer1.data.controls.base import Source
 from transfer1.data.controls.blur import BLURS, Bilateral, Blur, Gaussian
-from transfer1.data.controls.rle import decode, run_lengths
+from transfer1.data.controls.rle import decode, encode, run_lengths
 from transfer1.data.controls.seg import Mask, MaskFile
 from transfer1.data.controls.skeleton import to_openpose
 from transfer1.data.controls.upscale import bilinear
@@ -197,13 +197,6 @@ class GivenMasks(MaskFile):
         return self.masks
 
 
-def runs_of(mask: np.ndarray) -> np.ndarray:
-    """Lengths of the runs of zeros and ones of a mask, zeros first."""
-    flat = np.concatenate([[0], mask.reshape(-1), [-1]])
-    edges = np.flatnonzero(np.diff(flat))
-    return np.diff(np.concatenate([[0], edges]))
-
-
 @handles(("augmentors", "seg"))
 def check_seg(run: Run) -> None:
     masks = run.other("seg_masks").group("input")["masks"].numpy()
@@ -213,7 +206,8 @@ def check_seg(run: Run) -> None:
         random_sample_num_masks=spec["random_sample_num_masks"],
     )
     source = GivenMasks(
-        [Mask(f"thing{i}", mask.shape, runs_of(mask)) for i, mask in enumerate(masks)], control
+        [Mask(f"thing{i}", mask.shape, run_lengths(encode(mask))) for i, mask in enumerate(masks)],
+        control,
     )
     frames = run.group("output")["out"].shape[1]
     window = range(FIRST_FRAME, FIRST_FRAME + frames)
@@ -230,7 +224,9 @@ def check_rle(run: Run) -> None:
     actual = decode(runs, spec["start"], spec["end"])
     expected = run.group("output")["out"].numpy()[:, 0]
     np.testing.assert_array_equal(actual, expected)
-    np.testing.assert_array_equal(actual, decode(runs, 0, runs.sum())[spec["start"] : spec["end"]])
+    whole = decode(runs, 0, runs.sum())
+    np.testing.assert_array_equal(actual, whole[spec["start"] : spec["end"]])
+    assert encode(whole) == spec["counts"].encode()
 
 
 # Keypoints ----------------------------------------------------------------------------------------

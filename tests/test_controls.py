@@ -1,70 +1,87 @@
-"""Edge control, resizing and padding equal the recorded values; text is padded and checked."""
+"""Controls beyond the recorded runs: tables, ranges of draws, the fast vis, files and mistakes."""
 
 from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
-import torch
-from clips import moving_square, real_clip
-from goldens import COMMITTED, Run, find_runs
+from clips import (
+    mask_entry,
+    moving_square,
+    person,
+    real_clip,
+    write_text,
+    write_video,
+)
+from golden_controls import GivenMasks
+from goldens import COMMITTED, Run
 
-from transfer1.data.controls import Edge, build_controls, shrink_to_grid
+from transfer1.data.controls import (
+    CONTROLS,
+    PRESETS,
+    Edge,
+    Keypoint,
+    Seg,
+    Upscale,
+    Vis,
+    build_controls,
+    control_names,
+    shrink_to_grid,
+)
+from transfer1.data.controls.blur import BLURS, Anisotropic, Bilateral, Gaussian, Guided
+from transfer1.data.controls.rle import decode, encode, run_lengths
+from transfer1.data.controls.seg import PALETTE, Mask
+from transfer1.data.controls.skeleton import COCO_WHOLEBODY, OPENPOSE, Skeleton, mirror, to_openpose
+from transfer1.data.controls.vis import Softening
 from transfer1.data.resize import (
     check_resolution,
-    fit_size,
     nearest_aspect_ratio,
-    pad,
-    resize,
     target_size,
 )
 from transfer1.data.video import Video
 
 
-def recorded(*kinds: str) -> list[Run]:
-    """Recorded runs of the original's augmentors."""
-    runs = [run for run in find_runs(COMMITTED) if run.case == "augmentors" and run.kind in kinds]
-    assert runs, f"no recorded run of {kinds}"
-    return runs
+def values(name: str) -> dict[str, Any]:
+    """A table recorded from the original."""
+    return Run("augmentors", name, COMMITTED).group("value")
 
 
-def frames_of(clip_CTHW: torch.Tensor) -> np.ndarray:
-    return clip_CTHW.permute(1, 2, 3, 0).numpy()
+# Names --------------------------------------------------------------------------------------------
 
 
-class FixedDraws(np.random.Generator):
-    """Hands out given integers instead of random ones; each must be one that could be drawn."""
+def test_several_controls_have_one_key() -> None:
+    assert control_names("control_input_edge") == ["edge"]
+    assert control_names("control_input_seg_edge_vis") == ["seg", "edge", "vis"]
+    assert list(build_controls("control_input_depth_edge")) == ["depth", "edge"]
 
-    def __init__(self, *values: int) -> None:
-        super().__init__(np.random.PCG64(0))
-        self.values = list(values)
 
-    def integers(self, low: int, high: int) -> int:  # type: ignore[override]
-        value = self.values.pop(0)
-        assert low <= value < high, f"{value} is outside [{low}, {high})"
-        return value
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("control_input_x",), r"hint_key=control_input_x: choose one of .*control_input_edge"),
+        (("control_input_edge_edge",), "each once"),
+        (("edge",), "hint_key=edge: choose one of"),
+        (("control_input_edge", "strong"), "control_strength=strong: choose one of none, very_low"),
+        (("control_input_edge", "low", {"vis": {}}), r"control_options\.vis: .* it has edge"),
+        (("control_input_seg", "low", {"seg": {"colours": 3}}), r"control_options\.seg: .*colours"),
+    ],
+)
+def test_wrong_controls_are_named(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_controls(*arguments)
+
+
+def test_every_control_has_every_preset() -> None:
+    for preset in PRESETS:
+        for name in CONTROLS:
+            assert build_controls(f"control_input_{name}", preset)[name].preset == preset
 
 
 # Edge ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("run", recorded("edge"), ids=str)
-def test_golden_edge_presets(run: Run) -> None:
-    clip = run.other("clip").group("input")["video"]
-    edge = Edge(run.spec["preset"])
-    assert Edge.THRESHOLDS[edge.preset] == tuple(run.spec["thresholds"])
-    expected = run.group("output")["channel0"].numpy()
-    actual = edge(frames_of(clip), None)
-    assert actual.shape == (*expected.shape, 1) and expected.any()
-    np.testing.assert_array_equal(actual[..., 0], expected)
-
-
-@pytest.mark.parametrize("run", recorded("edge_random"), ids=str)
-def test_golden_edge_of_drawn_thresholds(run: Run) -> None:
-    clip = run.other("clip").group("input")["video"]
-    lower, upper = run.spec["thresholds"]
-    actual = Edge()(frames_of(clip), FixedDraws(lower, upper - lower))
-    np.testing.assert_array_equal(actual[..., 0], run.group("output")["channel0"].numpy())
 
 
 def test_drawn_thresholds_have_the_recorded_range() -> None:
@@ -72,8 +89,7 @@ def test_drawn_thresholds_have_the_recorded_range() -> None:
     lower, upper = np.array(draws).T
     assert lower.min() == 20 and lower.max() == 99
     assert upper.max() <= 255 and (upper - lower).min() == 50 and (upper - lower).max() == 149
-    table = Run("augmentors", "edge_random_thresholds", COMMITTED).group("value")["lower_upper"]
-    for low, high in table.tolist():
+    for low, high in values("edge_random_thresholds")["lower_upper"].tolist():
         assert 20 <= low < 100 and 50 <= high - low < 150
 
 
@@ -92,51 +108,304 @@ def test_frames_are_shrunk_to_the_grid_and_never_enlarged() -> None:
     assert Edge()(large, None).shape == (1, 704, 1126, 1)
 
 
-def test_golden_shrinking() -> None:
-    for run in recorded("resize_frames"):
-        frame = frames_of(run.other("clip").group("input")["video"])[:1]
-        shrunk = shrink_to_grid(np.tile(frame, (1, 20, 24, 1)))
-        outputs = run.group("output")
-        assert shrunk.mean() == pytest.approx(outputs["mean"].item(), abs=1e-3)
-        np.testing.assert_array_equal(shrunk[:, ::16, ::16], frames_of(outputs["strided16"]))
+def edge_f1(edges: np.ndarray, reference: np.ndarray) -> float:
+    """F1 of edges bool [T, H, W] that may be a pixel apart."""
+    square = np.ones((3, 3), np.uint8)
+    near, near_reference = (
+        np.stack([cv2.dilate(frame.astype(np.uint8), square) > 0 for frame in clip])
+        for clip in (edges, reference)
+    )
+    precision = (edges & near_reference).sum() / edges.sum()
+    recall = (reference & near).sum() / reference.sum()
+    return 2 * precision * recall / (precision + recall)
 
 
 def test_edge_of_a_real_clip_is_like_the_released_one() -> None:
     """Preset medium against the edge video shipped beside the clip, which was compressed since."""
     frames = Video(real_clip("example1_input_video.mp4")).read(range(0, 121, 40))
     shipped = Video(real_clip("example1_edge.mp4")).read(range(0, 121, 40))[..., 0] > 127
-    edges = Edge("medium")(frames, None)[..., 0] > 127
-    near = np.stack([cv2.dilate(e.astype(np.uint8), np.ones((3, 3), np.uint8)) for e in edges]) > 0
-    near_shipped = (
-        np.stack([cv2.dilate(e.astype(np.uint8), np.ones((3, 3), np.uint8)) for e in shipped]) > 0
+    f1 = {p: edge_f1(Edge(p)(frames, None)[..., 0] > 127, shipped) for p in ("low", "medium")}
+    assert f1["medium"] > 0.99 and f1["low"] < 0.85, f1
+
+
+# Vis ----------------------------------------------------------------------------------------------
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    error = np.square(a.astype(float) - b).mean()
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")
+
+
+def test_drawn_blurs_have_the_ranges_of_the_original() -> None:
+    draws = [Vis().draw(np.random.default_rng(seed)) for seed in range(600)]
+    assert {d.factor for d in draws} == set(range(4, 18))
+    assert {d.downscale for d in draws} == {1, 2, 3, 4}
+    kinds = [tuple(type(blur) for blur in d.blurs) for d in draws]
+    shares = {kind: kinds.count(kind) / len(kinds) for kind in set(kinds)}
+    assert shares == pytest.approx(
+        {(Bilateral,): 0.5, (Gaussian,): 0.3, (Bilateral, Gaussian): 0.2}, abs=0.06
     )
-    found, right = (
-        (shipped & near).sum() / shipped.sum(),
-        (edges & near_shipped).sum() / edges.sum(),
+    bilateral = np.array(
+        [
+            (blur.d, blur.sigma_color, blur.sigma_space, blur.iterations)
+            for d in draws
+            for blur in d.blurs
+            if isinstance(blur, Bilateral)
+        ]
     )
-    assert found > 0.9 and right > 0.9, f"{found:.3f} of the shipped edges found, {right:.3f} right"
+    assert bilateral.min(0).tolist() == [15, 100, 50, 1]
+    assert bilateral[:, [0, 3]].max(0).tolist() == [49, 3]
+    assert (bilateral.max(0) < [50, 300, 150, 4]).all()
+    gaussian = [blur for d in draws for blur in d.blurs if isinstance(blur, Gaussian)]
+    assert {blur.ksize for blur in gaussian} == set(range(21, 30))
+    assert all(10.5 <= blur.sigma < 14.5 for blur in gaussian)
 
 
-def test_unknown_control_and_preset_are_named() -> None:
-    with pytest.raises(ValueError, match=r"hint_key=control_input_x: choose one of .*input_edge"):
-        build_controls("control_input_x")
-    with pytest.raises(ValueError, match=r"control_strength=strong: choose one of none, very_low"):
-        build_controls("control_input_edge", "strong")
+@pytest.mark.parametrize("name", [name for name in BLURS if name != "anisotropic"])
+def test_every_blur_can_be_drawn_alone(name: str) -> None:
+    vis, clip = Vis(combinations={name: 1.0}), moving_square(2)
+    first, again, other = (vis(clip, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert first.shape == clip.shape and first.dtype == np.uint8
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other) and first.std() > 0
 
 
-# Resize and pad -----------------------------------------------------------------------------------
+def test_anisotropic_blur_says_what_it_needs() -> None:
+    if importlib.util.find_spec("cv2") and hasattr(cv2, "ximgproc"):
+        pytest.skip("this OpenCV has the contributed modules")
+    with pytest.raises(ValueError, match="opencv-contrib-python-headless"):
+        Anisotropic()(moving_square(1))
 
 
-@pytest.mark.parametrize("run", recorded("resize_pad"), ids=str)
-def test_golden_resize_and_pad(run: Run) -> None:
-    clip, expected = run.group("input")["video"], run.group("output")
-    width, height = run.spec["size_wh"]
-    size = fit_size(tuple(clip.shape[-2:]), (height, width))
-    resized = resize(clip, size)
-    padded, mask = pad(resized, (height, width))
-    assert [height, width, *size] == expected["image_size"].tolist()
-    for actual, name in ((resized, "resized"), (padded, "padded"), (mask, "padding_mask")):
-        torch.testing.assert_close(actual, expected[name], rtol=0, atol=0, msg=f"{run}: {name}")
+@pytest.mark.parametrize(
+    ("combinations", "message"),
+    [({"smear": 1.0}, "'smear' of 'smear' is no blur"), ({"median": 0.4}, "add up to 0.4")],
+)
+def test_wrong_combinations_are_named(combinations: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Vis(combinations=combinations)
+
+
+@pytest.mark.parametrize("downscale", [1, 2, 3])
+def test_the_fast_way_is_near_the_exact_one(downscale: int) -> None:
+    clip = cv2.resize(moving_square(1)[0], (320, 240), interpolation=cv2.INTER_CUBIC)[None]
+    softening = Softening([Bilateral(20, 120, 60, 2), Gaussian()], downscale, factor=6)
+    fast = softening.fast()
+    assert (fast == softening) == (downscale == 3)
+    assert psnr(fast(clip), softening(clip)) > 37
+    assert psnr(softening(clip), clip) < 30, "the blur does nothing here"
+
+
+def test_only_slow_blurs_are_approximated_and_only_in_training() -> None:
+    for softening in (
+        Softening([Gaussian()], 1, 6),
+        Softening([Guided(), Gaussian()], 1, 6),
+        Softening([Bilateral()], 1, 2),
+    ):
+        assert softening.fast() is softening
+    clip = moving_square(1)
+    for preset in PRESETS:
+        np.testing.assert_array_equal(Vis(preset)(clip, None), Vis(preset, exact=True)(clip, None))
+
+
+def test_vis_of_a_real_clip_is_like_the_released_one() -> None:
+    """The nearest preset against the vis video shipped beside the clip, compressed since."""
+    frames = Video(real_clip("example1_input_video.mp4")).read([0, 60])
+    shipped = Video(real_clip("example1_vis.mp4")).read([0, 60])
+    distance = {preset: psnr(Vis(preset)(frames, None), shipped) for preset in ("low", "medium")}
+    assert max(distance.values()) > 30, distance
+
+
+# Upscale ------------------------------------------------------------------------------------------
+
+
+def test_fractions_are_drawn_as_recorded() -> None:
+    """The original drew with numpy's legacy generator of seeds 0, 1, ...; the same draws here."""
+    for seed, expected in enumerate(values("upscale_random_scaler")["scaler"].tolist()):
+        rng: Any = np.random.RandomState(seed)
+        assert Upscale.draw_fraction(rng) == pytest.approx(expected)
+
+
+def test_upscale_shows_a_random_part_and_shrinks_it() -> None:
+    clip = np.tile(moving_square(1, 90, 160), (1, 9, 9, 1))  # 810 x 1440, larger than 704 x 1280
+    upscale = Upscale()
+    boxes = [upscale.reframe(clip.shape[1:3], np.random.default_rng(s)) for s in range(40)]
+    assert {(box.height, box.width) for box in boxes} == {(704, 1280)}
+    assert len({(box.top, box.left) for box in boxes}) > 30
+    assert all(box.top <= 106 and box.left <= 160 for box in boxes)
+    part = boxes[0](clip)
+    control = upscale(part, np.random.default_rng(0))
+    assert control.shape == part.shape and 10 < psnr(control, part) < 40
+    assert abs(control.mean() - part.mean()) < 1
+
+
+def test_upscale_of_a_small_video_keeps_its_frame() -> None:
+    clip = moving_square(2)
+    box = Upscale().reframe(clip.shape[1:3], np.random.default_rng(0))
+    np.testing.assert_array_equal(box(clip), clip)
+    assert Upscale()(clip, np.random.default_rng(0)).shape == clip.shape
+
+
+# Segmentation -------------------------------------------------------------------------------------
+
+
+def test_palette_is_the_recorded_one() -> None:
+    np.testing.assert_array_equal(PALETTE, values("palette")["predefined_colors"])
+
+
+def test_run_lengths_of_any_mask_are_read() -> None:
+    rng = np.random.default_rng(0)
+    for share in (0, 0.001, 0.3, 0.999, 1):
+        mask = (rng.random((4, 30, 50)) < share).astype(np.uint8)
+        runs = run_lengths(encode(mask))
+        np.testing.assert_array_equal(decode(runs, 0, mask.size), mask.reshape(-1))
+        np.testing.assert_array_equal(decode(runs, 1500, 4500), mask[1:3].reshape(-1))
+
+
+@pytest.mark.parametrize("counts", ["", "a b", "Y", b"\x00\x01", "0O"])
+def test_wrong_run_lengths_are_refused(counts: str | bytes) -> None:
+    with pytest.raises(ValueError, match="counts"):
+        run_lengths(counts)
+
+
+def test_seg_file(tmp_path: Path) -> None:
+    """Larger masks are painted first; outside training all of them, in fixed colours."""
+    small, large = np.zeros((2, 5, 12, 16), np.uint8)
+    small[:, 2:6, 2:6], large[:, 1:10, 1:12] = 1, 1
+    entries = [mask_entry(small, "cup"), mask_entry(large, "table")]
+    source = Seg().open(write_text(tmp_path / "a.pickle", entries))
+    assert source.num_frames == 5
+    drawn = source.draw(range(0, 5, 2), (48, 64), False, None)
+    assert drawn.text == {"segmentation_phrase_all": "cup;table"}
+    assert drawn.frames.shape == (3, 12, 16, 3)
+    assert (drawn.frames[:, 3, 3] == PALETTE[1]).all()
+    assert (drawn.frames[:, 8, 8] == PALETTE[0]).all()
+    assert not drawn.frames[:, 11].any()
+    trained = {
+        source.draw(range(5), (48, 64), False, np.random.default_rng(s)).text[
+            "segmentation_phrase_all"
+        ]
+        for s in range(40)
+    }
+    assert trained == {"", "cup", "table", "cup;table", "table;cup"}
+
+
+def test_at_most_so_many_masks_are_painted() -> None:
+    control = Seg(num_masks_max=2)
+    mask = Mask("x", (1, 2, 2), np.array([0, 4]))
+    source = GivenMasks([mask] * 9, control)
+    phrases = [
+        source.draw(range(1), (2, 2), False, np.random.default_rng(s)).text.popitem()[1]
+        for s in range(30)
+    ]
+    assert {phrase.count("x") for phrase in phrases} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda entry: entry.pop("phrase"), r"mask 0: KeyError 'phrase'; expected a list of"),
+        (
+            lambda entry: entry["segmentation_mask_rle"].update(mask_shape=[5, 12, 17]),
+            r"mask 0 has size \[960, 1\] for the shape \[5, 12, 17\]; expected \[1020, 1\]",
+        ),
+        (
+            lambda entry: entry["segmentation_mask_rle"]["data"].update(counts="l0"),
+            "mask 0 codes 28 pixels, but its size is 960",
+        ),
+        (
+            lambda entry: entry["segmentation_mask_rle"]["data"].update(counts="P"),
+            "mask 0: its counts are not run lengths",
+        ),
+    ],
+)
+def test_wrong_seg_files_are_named(change: Any, message: str, tmp_path: Path) -> None:
+    entry = mask_entry(np.zeros((5, 12, 16), np.uint8))
+    change(entry)
+    with pytest.raises(ValueError, match=r"a\.pickle: " + message):
+        Seg().open(write_text(tmp_path / "a.pickle", [entry]))
+    with pytest.raises(ValueError, match=r"b\.pickle: holds an empty list; expected a list of"):
+        Seg().open(write_text(tmp_path / "b.pickle", []))
+
+
+# Keypoints ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "skeleton"), [("skeleton_coco133", COCO_WHOLEBODY), ("skeleton_openpose134", OPENPOSE)]
+)
+def test_skeletons_are_the_recorded_ones(name: str, skeleton: Skeleton) -> None:
+    table = values(name)
+    assert list(skeleton.names) == Run("augmentors", name, COMMITTED).spec["names"]
+    np.testing.assert_array_equal(skeleton.point_colors, table["point_colors"])
+    np.testing.assert_array_equal(skeleton.links, table["links"])
+    np.testing.assert_array_equal(skeleton.link_colors, table["link_colors"])
+
+
+def test_a_mirrored_person_has_left_and_right_exchanged(tmp_path: Path) -> None:
+    """What is drawn for a flipped clip is the skeleton of the person that the clip then shows."""
+    given = person()
+    path = write_text(tmp_path / "a.pickle", {0: [given]})
+    flipped = {name: points * [-1, 1, 1] + [1, 0, 0] for name, points in given.items()}
+    points = mirror(np.concatenate(list(flipped.values())))
+    np.testing.assert_array_equal(mirror(mirror(points)), points)
+    seen = write_text(
+        tmp_path / "b.pickle",
+        {0: [{"body-keypoints": points[:91], "hand-keypoints": points[91:]}]},
+    )
+    size = (120, 161)  # the columns of pixels mirror onto each other
+    exchanged, left_alone, expected = (
+        Keypoint(human_kpt_line_width=1).open(file).draw(range(1), size, mirrored, None).frames
+        for file, mirrored in ((path, True), (path, False), (seen, False))
+    )
+
+    def alike(drawn: np.ndarray) -> float:
+        """Share of drawn pixels that have the same colour in the flipped frame."""
+        shown = drawn[:, :, ::-1]
+        either = (shown != 0).any(-1) | (expected != 0).any(-1)
+        return float((shown == expected).all(-1)[either].mean())
+
+    assert alike(exchanged) > 0.95 > alike(left_alone) + 0.15
+
+
+def test_hidden_points_are_not_drawn(tmp_path: Path) -> None:
+    hidden = {name: points * [1, 1, 0.5] for name, points in person().items()}
+    path = write_text(tmp_path / "a.pickle", {0: [hidden], 1: [], 2: [person(), hidden]})
+    source = Keypoint().open(path)
+    frames = source.draw(range(3), (48, 64), False, None).frames
+    assert [bool(frame.any()) for frame in frames] == [False, False, True]
+    assert Keypoint(kpt_thr=0.4).open(path).draw(range(1), (48, 64), False, None).frames.any()
+
+
+def test_the_neck_is_between_the_shoulders() -> None:
+    points = np.zeros((133, 3))
+    points[5], points[6] = (0.2, 0.4, 0.9), (0.6, 0.2, 0.7)
+    np.testing.assert_allclose(to_openpose(points)[1], (0.4, 0.3, 0.7))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({0: [person()], 4: [person()]}, "has no frame 1; expected"),
+        ({0: [{"body-keypoints": np.zeros((91, 3))}]}, "frame 0: KeyError 'hand-keypoints'"),
+        ({0: [person() | {"hand-keypoints": np.zeros((21, 3))}]}, r"\[\[91, 3\], \[21, 3\]\]"),
+        ([1], "holds list; expected"),
+    ],
+)
+def test_wrong_keypoint_files_are_named(content: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a\.pickle: .*" + message):
+        Keypoint().open(write_text(tmp_path / "a.pickle", content))
+
+
+def test_a_drawn_video_is_passed_through(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", moving_square(4))
+    for control in (Seg(), Keypoint()):
+        drawn = control.open(path).draw(range(1, 3), (48, 64), False, None)
+        np.testing.assert_array_equal(drawn.frames, Video(path).read([1, 2]))
+        assert set(drawn.text) == set(control.text_keys)
+
+
+# Frame sizes --------------------------------------------------------------------------------------
 
 
 def test_target_sizes() -> None:

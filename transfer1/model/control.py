@@ -19,8 +19,8 @@ from transfer1.diffusion.condition import Condition
 from .backbone import Backbone
 from .layers import Grid
 
-# How strongly hints act: one number for all, or for each hint one number, one number per sample [B],
-# or one map [B or 1, 1, ...].
+# How strongly hints act: one number for all, or for each hint one number, one number per sample
+# [B], or one map [B or 1, 1, ...].
 Weights = float | Tensor | Sequence[float | Tensor] | None
 
 HINT_WIDTHS = (16, 16, 32, 32, 96, 96, 256)  # hidden widths of input_hint_block
@@ -170,8 +170,9 @@ class ControlEncoder(Backbone):
             hints: encoded hints [B, C, T, H, W], C up to hint_channels.
             weights: how strongly each hint acts. A number or 0-d tensor serves all hints; a 1-d
                 tensor or a sequence has one entry per hint; a tensor of more dimensions one map per
-                hint. In a sequence, a 1-d tensor holds one number per sample. A map is [B or 1, 1, frames, rows, columns] at the resolution of the tokens,
-                of the latent or of the pixels. None means 1.
+                hint. In a sequence, a 1-d tensor holds one number per sample. A map is
+                [B or 1, 1, frames, rows, columns] at the resolution of the tokens, of the latent or
+                of the pixels. None means 1.
             keep_B: 0 for samples that get no control, else 1; None keeps all.
 
         Returns:

@@ -266,8 +266,9 @@ def read_weights(batch: Mapping[str, Any], conditions: int, key: str) -> list[Te
         weights = [torch.as_tensor(weight) for weight in given]
     else:
         weight = torch.as_tensor(given)
-        by_condition = {1: weight, 2: weight.mT if weight.ndim == 2 else weight, 6: weight}
-        weights = list(by_condition.get(weight.ndim, weight[None]))
+        if weight.ndim == 2:
+            weight = weight.T
+        weights = list(weight) if weight.ndim in (1, 2, 6) else [weight]
     samples = len(batch[key])
     for weight in weights:
         if weight.ndim not in (0, 1, 5) or (weight.ndim == 1 and len(weight) != samples):

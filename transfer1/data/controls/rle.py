@@ -39,6 +39,22 @@ def run_lengths(counts: str | bytes) -> np.ndarray:
     return numbers
 
 
+def encode(mask: np.ndarray) -> bytes:
+    """Return the code of a mask whose pixels are 0 or not, in the order of its axes."""
+    pixels = (np.asarray(mask).reshape(-1) != 0).astype(np.int8)
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], pixels, [2]])))
+    runs = np.diff(np.concatenate([[0], edges])).tolist()
+    code = bytearray()
+    for i, run in enumerate(runs):
+        number = run - (runs[i - 2] if i > 2 else 0)
+        done = False
+        while not done:
+            group, number = number & 0x1F, number >> BITS
+            done = number == (-1 if group & SIGN else 0)
+            code.append(FIRST + group + (0 if done else MORE))
+    return bytes(code)
+
+
 def decode(runs: np.ndarray, start: int, end: int) -> np.ndarray:
     """Return pixels start..end - 1 of a mask, bool [end - start], without decoding the others."""
     edges = np.clip(np.concatenate([[0], runs.cumsum()]), start, end)
