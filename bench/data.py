@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 from transfer1.data.controls import CONTROLS, StoredControl
-from transfer1.data.controls.blur import Bilateral, Gaussian
+from transfer1.data.controls.blur import Bilateral, Blur, Gaussian
 from transfer1.data.controls.rle import encode
 from transfer1.data.controls.vis import Softening
 from transfer1.data.dataset import TransferDataset
@@ -54,7 +55,7 @@ BLUR_COLUMNS: dict[str, Callable[[Any], str]] = {
     "fast s per frame": "{:.3f}".format,
     "PSNR": "{:.1f}".format,
 }
-BLURS = {
+BLURS: dict[str, list[Blur]] = {
     "bilateral": [Bilateral(30, 150, 100)],
     "bilateral x 3": [Bilateral(20, 120, 60, 3)],
     "bilateral x 2 + gaussian": [Bilateral(45, 250, 140, 2), Gaussian()],
@@ -104,11 +105,9 @@ def time_control(folder: Path, name: str, frames: int, samples: int) -> dict[str
         hint_key=f"control_input_{control}",
         control_options={"vis": {"exact": True}} if exact else None,
     )
-    decoding = seconds(lambda: dataset.clips[0].video.read(range(frames)))
-    times = [
-        seconds(lambda position=position: dataset[SampleKey(0, 0, position)])
-        for position in range(samples)
-    ]
+    decoding = seconds(partial(dataset.clips[0].video.read, range(frames)))
+    keys = [SampleKey(0, 0, position) for position in range(samples)]
+    times = [seconds(partial(dataset.__getitem__, key)) for key in keys]
     reads = 1 + any(source.path.suffix == ".mp4" for source in dataset.clips[0].stored.values())
     mean = statistics.mean(times)
     return {
@@ -135,8 +134,8 @@ def time_blurs(video: Path) -> list[dict[str, Any]]:
                         "blurs": name,
                         "downscale": downscale,
                         "factor": factor,
-                        "exact s per frame": seconds(lambda: softening(frame)),  # noqa: B023
-                        "fast s per frame": seconds(lambda: softening.fast()(frame)),  # noqa: B023
+                        "exact s per frame": seconds(partial(softening, frame)),
+                        "fast s per frame": seconds(partial(softening.fast(), frame)),
                         "PSNR": 10 * np.log10(255**2 / error) if error else float("inf"),
                     }
                 )

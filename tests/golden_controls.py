@@ -19,7 +19,6 @@ from transfer1.data.controls.blur import BLURS, Bilateral, Blur, Gaussian
 from transfer1.data.controls.rle import decode, encode, run_lengths
 from transfer1.data.controls.seg import Mask, MaskFile
 from transfer1.data.controls.skeleton import to_openpose
-from transfer1.data.controls.upscale import bilinear
 from transfer1.data.controls.vis import Softening
 from transfer1.data.resize import fit_size, pad, resize
 from transfer1.data.text import pad_text
@@ -176,7 +175,7 @@ def check_upscale_preset(run: Run) -> None:
 
 @handles(("augmentors", "upscale_target"))
 def check_upscale_to_a_size(run: Run) -> None:
-    actual = bilinear(upscale_clip(run), run.spec["target"])
+    actual = resize(upscale_clip(run), run.spec["target"], "bilinear")
     ((name, expected),) = run.group("output").items()
     step = int(name.removeprefix("strided"))
     assert torch.equal(actual[:, :, ::step, ::step], expected), name

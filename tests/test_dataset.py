@@ -322,8 +322,7 @@ def test_folders_per_camera(tmp_path: Path) -> None:
     array = np.full((4, 1024), 7, np.float32)
     nested = {"pickle": {"ground_truth": {"embeddings": {"t5_xxl": array}}}}
     write_text(tmp_path / "t5_xxl" / "pinhole_front" / "drive.pkl", nested)
-    for name in ("drive_0", "drive_1"):
-        write_video(tmp_path / "hdmap" / "pinhole_front" / f"{name}.mp4", moving_square(9))
+    (tmp_path / "hdmap").symlink_to(tmp_path / "videos")
     with pytest.raises(ValueError, match="it has the folders pinhole_front: choose one with view="):
         build(tmp_path, hint_key="control_input_hdmap")
     with pytest.raises(ValueError, match=r"has no folder videos.side"):
@@ -334,9 +333,9 @@ def test_folders_per_camera(tmp_path: Path) -> None:
     assert torch.equal(sample["control_input_hdmap"], sample["video"])
 
 
-def test_a_drawn_video_stands_for_a_missing_pickle(controlled: Path, tmp_path: Path) -> None:
+def test_a_drawn_video_stands_for_a_missing_pickle(tmp_path: Path) -> None:
     write_dataset(tmp_path, {"a": 20})
-    write_video(tmp_path / "seg" / "a.mp4", moving_square(20))
+    (tmp_path / "seg").symlink_to(tmp_path / "videos")
     sample = build(tmp_path, hint_key="control_input_seg", is_train=False)[0]
     assert torch.equal(sample["control_input_seg"], sample["video"])
     assert sample["segmentation_phrase_all"] == ""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from transfer1.data.augment import Box
 from transfer1.data.controls.base import ComputedControl, grid_size
@@ -48,16 +45,9 @@ class Upscale(ComputedControl):
         else:
             fraction = self.draw_fraction(rng)
             clip = resize(clip, (max(1, int(height * fraction)), max(1, int(width * fraction))))
-        return bilinear(clip, (height, width)).permute(1, 2, 3, 0).numpy()
+        return resize(clip, (height, width), "bilinear").permute(1, 2, 3, 0).numpy()
 
     @classmethod
     def draw_fraction(cls, rng: np.random.Generator) -> float:
         """Draw by how much the frames are shrunk."""
         return float(rng.choice(cls.FRACTIONS, p=cls.PROBABILITIES))
-
-
-def bilinear(clip_CTHW: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Resize a uint8 clip to `size` = (height, width), bilinear with antialiasing, rounded."""
-    frames_TCHW = clip_CTHW.transpose(0, 1).float()
-    resized = F.interpolate(frames_TCHW, size=tuple(size), mode="bilinear", antialias=True)
-    return resized.round_().to(torch.uint8).transpose(0, 1)
