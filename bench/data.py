@@ -15,6 +15,7 @@ import argparse
 import json
 import pickle
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -85,11 +86,10 @@ def main(arguments: list[str] | None = None) -> None:
             rows, columns = time_blurs(video), BLUR_COLUMNS
         else:
             write_dataset(Path(folder), video)
-            rows = [
-                time_control(Path(folder), name, options.frames, options.samples)
-                for name in options.control
-            ]
-            columns = COLUMNS
+            rows, columns = [], COLUMNS
+            for name in options.control:
+                rows.append(time_control(Path(folder), name, options.frames, options.samples))
+                print(f"{name}: {rows[-1]['s per clip']:.2f} s per clip", file=sys.stderr)
     print(markdown(rows, columns))
     if options.json:
         options.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1))

@@ -51,8 +51,6 @@ LATER = {
     "net_ctrl": {"faditv2_sv2mv"},
     "conditioner": {"view_cond_ctrlnet_add_fps_image_size_padding_mask"},
     "ckpt_klass": {"fsdp", "tp", "fast_tp"},
-    "data_train": {"*_vis", "*_depth", "*_seg", "*_keypoint", "*_upscale", "*_hdmap", "*_lidar"},
-    "data_val": {"*_vis", "*_depth", "*_seg", "*_keypoint", "*_upscale", "*_hdmap", "*_lidar"},
     "experiment": {
         "*_lvg_tp_121frames_control_input_vis_*",
         "*_lvg_tp_121frames_control_input_depth_*",

@@ -46,7 +46,7 @@ class Softening:
 
         Its cost grows with the fourth power of the size: with the frames and with the filter, which
         shrink together. What is lost is mostly detail that `factor` takes away anyway. On frames of
-        three 720p videos (`python -m bench.data --blurs`) the result was 8 to 17 times as fast and
+        three 720p videos (`python -m bench.data --blurs`) the result was 7 to 20 times as fast and
         within a PSNR of 44 dB of the exact one at downscale 1, and of 37 dB at downscale 2. Frames
         that are smaller still are blurred exactly.
         """
