@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import kernels
 from configs.net import COMMON
@@ -26,6 +26,15 @@ from .diffusers_peer import run_theirs, their_network
 from .timing import describe, machine, markdown, take_turns
 
 CONTEXT_TOKENS = 512
+# PyTorch's counter knows the attention of GPUs only.
+CPU_ATTENTION_FLOPS: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda *shapes, **_: sdpa_flop_count(*shapes[:3])
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+    ),
+}
 MATRIX = 2048  # side of the matrix product that sets the limit
 COLUMNS: dict[str, Callable[[Any], str]] = {
     "size": str,
@@ -93,11 +102,11 @@ def time_networks(size: str, dtype: str, backends: list[str], rounds: int) -> li
         "num_heads": spec.heads,
     }
     torch.manual_seed(0)
+    reference = DiT(**arguments, ops=kernels.select("reference")).to(kind)
     ours = {b: DiT(**arguments, ops=kernels.select(b)).to(kind) for b in backends}
-    first = next(iter(ours.values()))
     for network in ours.values():
-        network.load_state_dict(first.state_dict())
-    theirs = their_network(arguments, first.state_dict()).to(kind)
+        network.load_state_dict(reference.state_dict())
+    theirs = their_network(arguments, reference.state_dict()).to(kind)
     frames, rows_, columns = spec.latent
     x = torch.randn(1, 16, *spec.latent).to(kind)
     noise_level = torch.zeros(1, dtype=kind)
@@ -106,13 +115,16 @@ def time_networks(size: str, dtype: str, backends: list[str], rounds: int) -> li
         fps=torch.full((1,), 24.0),
         padding_mask=torch.zeros(1, 1, 8 * rows_, 8 * columns, dtype=kind),
     )
+
+    def forward(network: DiT) -> torch.Tensor:
+        return network(x, noise_level, condition)
+
     calls: dict[str, Callable[[], Any]] = {
-        f"transfer1 {backend}": _training(network, lambda n: n(x, noise_level, condition))
-        for backend, network in ours.items()
+        f"transfer1 {backend}": _training(network, forward) for backend, network in ours.items()
     }
     calls["diffusers"] = _training(theirs, lambda n: run_theirs(n, x, noise_level, condition))
-    with FlopCounterMode(display=False) as counter:
-        next(iter(calls.values()))()
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS) as counter:
+        _training(reference, forward)()
     flops = counter.get_total_flops()
     matrix = torch.randn(MATRIX, MATRIX).to(kind)
     calls["GEMM"] = lambda: matrix @ matrix
