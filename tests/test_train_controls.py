@@ -108,9 +108,10 @@ def test_two_steps_with_weights_and_grayscale(folder: Path, tmp_path: Path) -> N
 
 
 @pytest.fixture
-def forget_new_control(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(configs.control, "CONTROLS", list(configs.control.CONTROLS))
+def forget_new_control() -> Iterator[None]:
+    rows = list(configs.control.CONTROLS)
     yield
+    configs.control.CONTROLS[:] = rows
     CONTROLS.pop("negative", None)
 
 
