@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock $(PIP_ARGS)
 
-.PHONY: setup setup-test demo test test-all lint clean
+.PHONY: setup setup-test demo test test-all gpu lint clean
 
 setup: .venv/.runtime
 
@@ -22,6 +22,7 @@ setup-test: .venv/.test
 .venv/.test: .venv/.runtime
 	@echo "Adding the test tools to .venv"
 	@$(PIP) --no-build-isolation --editable '.[test]'
+	@$(PIP) --no-deps timm  # one file of it is used, which needs none of torchvision
 	@touch $@
 
 demo: setup
@@ -41,6 +42,10 @@ test: setup-test
 test-all: setup-test
 	TRITON_INTERPRET=1 .venv/bin/python -m pytest -q -m "not static and not gpu"
 	.venv/bin/python -m pytest -q -m static
+
+# On a machine with a GPU and no network: nothing is set up, the environment that is there is used.
+gpu:
+	@$(if $(wildcard .venv/bin/python),.venv/bin/python,$(PYTHON)) -m bench.gpu
 
 lint: setup-test
 	.venv/bin/ruff check .

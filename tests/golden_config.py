@@ -105,6 +105,8 @@ ADDED = {
     "trainer.device": ("auto", NEW),
     "trainer.non_finite": ("skip", "a non-finite gradient skips the update"),
     "trainer.max_skipped": (100, "abort after this many skipped updates in a row"),
+    "trainer.nvtx": (False, "named ranges for NVIDIA's profilers"),
+    "trainer.profile": ([], "traces of chosen updates"),
     "trainer.callbacks.grad_clip.clip_norm": (1.0, "the original's default, not listed there"),
     "trainer.callbacks.grad_clip.force_finite": (False, "see trainer.non_finite"),
     "trainer.callbacks.progress_bar.seconds": (10.0, "distance of lines without a terminal"),

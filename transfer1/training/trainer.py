@@ -32,6 +32,7 @@ from .gradients import Gradients, SkipCounter
 from .interrupt import Interrupt
 from .job import JobFolder
 from .metrics import Metrics
+from .profiling import profiling_callbacks
 from .schedule import Schedule
 from .state import TrainState
 from .step import Loss, StepOptions, compute_loss
@@ -75,7 +76,8 @@ class Trainer:
         self.max_iter = config.trainer.max_iter
         self.metrics = Metrics(self.job.metrics, config.trainer.logging_iter)
         callbacks = build_callbacks(config.trainer.callbacks)
-        self.callbacks = CallBackGroup([*callbacks, self.metrics], self)
+        callbacks += [self.metrics, *profiling_callbacks(config, self.job.profile)]
+        self.callbacks = CallBackGroup(callbacks, self)
         self.checkpointer = instantiate(
             config.checkpoint.type,
             config=config.checkpoint,
