@@ -2,7 +2,7 @@
 
 A control modality is one row of `CONTROLS` and one class in `transfer1/data/controls`; its hint
 key, its entries in the data groups and its experiments derive from the row. A file of one's own may
-add both before it calls `make_config`.
+add both before it calls `make_config` (`tests/new_control.py` does).
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ class Control:
     """One control modality.
 
     Attributes:
-        name: as in `control_input_<name>`.
+        name: as in `control_input_<name>`, a key of `transfer1.data.controls.CONTROLS`; no
+            underscore, which joins the names of several controls.
         dataset_dir: folder of its example data.
         family: experiments it is trained in: `lvg` (videos of anything, first frames given), or
             `av` (driving).
     """
 
-    name: str
+    name: str = attrs.field(validator=attrs.validators.matches_re("[a-z0-9]+"))
     dataset_dir: str = "datasets/hdvila"
     family: str = "lvg"
 

@@ -224,7 +224,8 @@ def read_hints(
     """Return the hint latents of a batch and a weight for each, from `control_weight` if present.
 
     A single hint holds all conditions. Several weights make one hint per condition, in which the
-    others are black, so that the network can weigh them one by one.
+    others are black, so that the network can weigh them one by one; in training, conditions that
+    are dropped are left out.
     """
     if options.hint is None:
         return [], None
@@ -241,17 +242,50 @@ def read_hints(
         )
     if draws is not None and options.hint.pixel_corruptor is not None:
         hint = options.hint.pixel_corruptor(hint, draws)
-    weight = torch.as_tensor(batch.get("control_weight", 1.0))
-    if weight.numel() == 1 or weight.ndim == 0:
-        return [encode_hint(hint, tokenizer, options, draws)], [weight.reshape(())]
     conditions = hint.shape[1] // RGB
-    if len(weight) != conditions:
-        raise ValueError(
-            f"control_weight holds {len(weight)} weights for {conditions} conditions in {key!r}"
-        )
+    weights = read_weights(batch, conditions, key)
+    if len(weights) == 1:
+        return [encode_hint(hint, tokenizer, options, draws)], weights
+    used = [True] * conditions
+    if draws is not None and options.hint.hint_dropout_rate > 0:
+        used = draw_hint_mask(conditions, options.hint.hint_dropout_rate, draws)
+    chosen = [index for index in range(conditions) if used[index]]
     only = torch.eye(conditions, dtype=torch.bool).tolist()
-    hints = [encode_hint(hint, tokenizer, options, mask=mask) for mask in only]
-    return hints, list(weight)
+    hints = [encode_hint(hint, tokenizer, options, mask=only[index]) for index in chosen]
+    return hints, [weights[index] for index in chosen]
+
+
+def read_weights(batch: Mapping[str, Any], conditions: int, key: str) -> list[Tensor]:
+    """Return `control_weight` of a batch: one weight for all conditions, or one for each.
+
+    Each is a number [], a number per sample [B], or a map over space and time. `control_weight` is
+    a number, a map, a list of such weights, a tensor [K] of numbers, [B, K] of numbers per sample
+    (what a loader makes of [K] in its samples), or [K, B or 1, 1, frames, rows, columns] of maps.
+
+    Raises:
+        ValueError: any other shape, or not as many weights as conditions.
+    """
+    given = batch.get("control_weight", 1.0)
+    if isinstance(given, Sequence):
+        weights = [torch.as_tensor(weight) for weight in given]
+    else:
+        weight = torch.as_tensor(given)
+        if weight.ndim == 2:
+            weight = weight.T
+        weights = list(weight) if weight.ndim in (1, 2, 6) else [weight]
+    samples = len(batch[key])
+    for weight in weights:
+        if weight.ndim not in (0, 1, 5) or (weight.ndim == 1 and len(weight) != samples):
+            raise ValueError(
+                f"control_weight holds a weight of shape {tuple(weight.shape)} for a batch of "
+                f"{samples}; give a number, [batch] numbers, or a map [batch or 1, 1, frames, "
+                f"rows, columns] for each of {conditions} conditions"
+            )
+    if len(weights) not in (1, conditions):
+        raise ValueError(
+            f"control_weight holds {len(weights)} weights for {conditions} conditions in {key!r}"
+        )
+    return weights
 
 
 def encode_hint(
