@@ -28,7 +28,7 @@ CONFIG = f"--config={Path(__file__).parents[1] / 'configs' / 'config_train.py'}"
 IMPOSSIBLE: list[tuple[tuple[str, ...], list[str], list[str]]] = [
     (TWIN, ["model.precision=float16"], ["model.precision=float16: choose float32 or bfloat16"]),
     (TWIN, ["model.loss_reduce=median"], ["model.loss_reduce=median: choose mean or sum"]),
-    (TWIN, ["trainer.device=tpu"], ["trainer.device=tpu: choose auto or cuda or cpu"]),
+    (TWIN, ["trainer.device=tpu"], ["trainer.device=tpu: choose auto, cuda or cpu"]),
     (TWIN, ["trainer.non_finite=ignore"], ["trainer.non_finite=ignore: choose skip or zero"]),
     (TWIN, ["trainer.max_iter=0"], ["trainer.max_iter=0: give 1 or more"]),
     (TWIN, ["dataloader_train.batch_size=0"], ["dataloader_train.batch_size=0: give 1 or more"]),
@@ -43,7 +43,7 @@ IMPOSSIBLE: list[tuple[tuple[str, ...], list[str], list[str]]] = [
     (
         TWIN,
         ["checkpoint.keys_not_to_resume=[optimizer]"],
-        ["checkpoint.keys_not_to_resume holds optimizer: choose of model, optim, scheduler"],
+        ["checkpoint.keys_not_to_resume: unknown optimizer; choose of model, optim, scheduler"],
     ),
     (TWIN, ["model.sde.sigma_min=100"], ["model.sde.sigma_min=100: give less than .*=80.0"]),
     (

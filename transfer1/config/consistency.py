@@ -88,7 +88,7 @@ def values(config: Config) -> Problems:
     for key, allowed in CHOICES.items():
         value = _get(config, key)
         if value is not None and value not in allowed:
-            yield f"{key}={value}: choose {' or '.join(allowed)}"
+            yield f"{key}={value}: choose {', '.join(allowed[:-1])} or {allowed[-1]}"
     for key, (least, most) in BOUNDS.items():
         value = _get(config, key)
         if isinstance(value, int | float) and not least <= value <= (
@@ -97,7 +97,9 @@ def values(config: Config) -> Problems:
             yield f"{key}={value}: give {_bounds(least, most)}"
     for name in config.checkpoint.keys_not_to_resume:
         if name not in RESUMABLE:
-            yield f"checkpoint.keys_not_to_resume holds {name}: choose of {', '.join(RESUMABLE)}"
+            yield (
+                f"checkpoint.keys_not_to_resume: unknown {name}; choose of {', '.join(RESUMABLE)}"
+            )
     for beta in _get(config, "optimizer.betas") or ():
         if not 0 <= beta < 1:
             yield f"optimizer.betas holds {beta}: give values of at least 0 and less than 1"
