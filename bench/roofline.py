@@ -144,7 +144,7 @@ def plot(found: Iterable[Mapping[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     found = list(found)
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    figure, axes = pyplot.subplots(figsize=(10, 5))
     for name in dict.fromkeys(row["gpu"] for row in found):
         gpu = GPUS[name]
         intensities = [0.05, gpu.ridge, 1e5]
@@ -157,11 +157,16 @@ def plot(found: Iterable[Mapping[str, Any]], path: Path) -> None:
             color=line.get_color(),
             s=14,
         )
-    labelled = {(row["op"], row["pass"]): row["flops"] / row["bytes"] for row in found}
-    for (op, stage), intensity in labelled.items():
-        axes.annotate(
-            f"{op} {stage}", (intensity, 0.03), rotation=90, fontsize=6, va="bottom", ha="center"
-        )
+    labelled: dict[tuple[str, str], float] = {}
+    for row in found:
+        labelled.setdefault((row["op"], row["pass"]), row["flops"] / row["bytes"])
+    ordered = sorted(labelled.items(), key=lambda item: item[1])
+    for number, (_, intensity) in enumerate(ordered, start=1):
+        height = 0.03 * 2.2 ** (number % 4)  # neighbours stand at different heights
+        axes.axvline(intensity, color="0.85", linewidth=0.6, zorder=0)
+        axes.annotate(str(number), (intensity, height), fontsize=8, ha="center")
+    key = [f"{number}  {op} {stage}" for number, ((op, stage), _) in enumerate(ordered, start=1)]
+    axes.text(1.02, 1.0, "\n".join(key), transform=axes.transAxes, fontsize=8, va="top")
     axes.set(xscale="log", yscale="log", ylim=(0.02, 4e3))
     axes.set_xlabel("FLOP per byte of memory traffic")
     axes.set_ylabel("TFLOP/s")
