@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import kernels
 from configs.net import COMMON
@@ -23,19 +22,10 @@ from transfer1.diffusion.condition import Condition
 from transfer1.model.dit import DiT
 
 from .diffusers_peer import run_theirs, their_network
-from .timing import describe, machine, markdown, take_turns
+from .flops import count_flops
+from .timing import describe, machine, markdown, matrix_product, take_turns
 
 CONTEXT_TOKENS = 512
-# PyTorch's counter knows the attention of GPUs only.
-CPU_ATTENTION_FLOPS: dict[Any, Any] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda *shapes, **_: sdpa_flop_count(*shapes[:3])
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
-    ),
-}
-MATRIX = 2048  # side of the matrix product that sets the limit
 COLUMNS: dict[str, Callable[[Any], str]] = {
     "size": str,
     "dtype": str,
@@ -123,13 +113,10 @@ def time_networks(size: str, dtype: str, backends: list[str], rounds: int) -> li
         f"transfer1 {backend}": _training(network, forward) for backend, network in ours.items()
     }
     calls["diffusers"] = _training(theirs, lambda n: run_theirs(n, x, noise_level, condition))
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS) as counter:
-        _training(reference, forward)()
-    flops = counter.get_total_flops()
-    matrix = torch.randn(MATRIX, MATRIX).to(kind)
-    calls["GEMM"] = lambda: matrix @ matrix
-    times = take_turns(calls, rounds)
-    limit = 2 * MATRIX**3 / times.pop("GEMM").median
+    flops = count_flops(_training(reference, forward))
+    calls["GEMM"], product_flops = matrix_product(kind, "cpu")
+    times = take_turns(calls, rounds, warm_up=2)
+    limit = product_flops / times.pop("GEMM").median
     return [
         {
             "size": size,

@@ -3,8 +3,9 @@
     python -m transfer1.plan --config FILE [--gpus N --memory GB] -- experiment=NAME key=value ...
 
 One step of the experiment runs on the meta device (`transfer1.training.memory`). What a layout
-makes of it is arithmetic: tensor parallelism divides the split weights, sequence and context parallelism
-the tokens, sharding (fsdp) everything that lasts but the block at work. All figures are predicted.
+makes of it is arithmetic: tensor parallelism divides the split weights, sequence and context
+parallelism the tokens, sharding (fsdp) everything that lasts but the block at work. All figures
+are predicted.
 """
 
 from __future__ import annotations

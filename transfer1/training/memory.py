@@ -26,7 +26,8 @@ from .device import choose_dtype
 
 TEXT_TOKENS = 512  # where the data set does not say
 # Bytes per parameter and backend that an update holds at its peak: the reference goes over all
-# parameters at once, with six float32 lists alive (gradients, squares, denominators, updates, decay, sum).
+# parameters at once, with six float32 lists alive (gradients, squares, denominators, updates,
+# decay, sum).
 STEP_BYTES = {"reference": 24}
 
 
