@@ -133,8 +133,9 @@ Assumed: nodes of {NODE} H100 SXM; {PEAK_FLOPS / 1e12:.0f} TFLOP/s dense bfloat1
 One clip has {TOKENS:,} tokens; the network {WEIGHTS / 1e9:.1f} billion parameters, of which
 {TRAINED / 1e9:.2f} billion (the control branch) are trained. A clip costs
 {(MATRICES + attention_flops()) / 1e15:.1f} PFLOP (predicted), attention
-{attention_flops() / (MATRICES + attention_flops()):.0%} of it. Layouts of one clip per GPU recompute
-blocks, which makes it {RECOMPUTATION} times as much (assumed): without, they do not fit 80 GB.
+{attention_flops() / (MATRICES + attention_flops()):.0%} of it. Layouts of one clip per GPU
+recompute blocks, which makes it {RECOMPUTATION} times as much (assumed): without, they do not
+fit 80 GB.
 """
 
 
