@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock $(PIP_ARGS)
 
-.PHONY: setup setup-test demo test test-all lint clean
+.PHONY: setup setup-test demo test test-all static lint clean
 
 setup: .venv/.runtime
 
@@ -42,10 +42,21 @@ test-all: setup-test
 	TRITON_INTERPRET=1 .venv/bin/python -m pytest -q -m "not static and not gpu"
 	.venv/bin/python -m pytest -q -m static
 
+# Tables of compiled kernels for both versions of Triton; the second one shares the rest of .venv.
+static: setup-test .triton/3.9.0
+	@mkdir -p build/static
+	@failed=0; for version in 3.7.1 3.9.0; do \
+	  .venv/bin/python -m bench.static --triton $$version --json build/static/$$version.json \
+	    --markdown build/static/$$version.md --png build/static/$$version.png || failed=1; done; exit $$failed
+
+.triton/3.9.0:
+	@echo "Adding Triton 3.9.0 beside .venv"
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --target $@ triton==3.9.0
+
 lint: setup-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .triton build *.egg-info .pytest_cache .ruff_cache .mypy_cache

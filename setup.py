@@ -40,6 +40,7 @@ setup(
             "ruff>=0.9",
             "mypy>=1.14",
             "diffusers==0.42.1",  # the peer model
+            "liger-kernel==0.8.5",  # the peer of the norms in bench.static
             "tensorboard>=2.17",
         ],
     },
