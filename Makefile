@@ -1,9 +1,10 @@
 # make demo: train on real video and show what was learned.   make test: prove that all is well.
 PYTHON ?= python3
 PIP_ARGS ?=
-PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock $(PIP_ARGS)
+PIP_PLAIN := .venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+PIP := $(PIP_PLAIN) --constraint requirements.lock
 
-.PHONY: setup setup-test demo test test-all static lint clean
+.PHONY: setup setup-test demo test test-all gpu static lint clean
 
 setup: .venv/.runtime
 
@@ -22,6 +23,8 @@ setup-test: .venv/.test
 .venv/.test: .venv/.runtime
 	@echo "Adding the test tools to .venv"
 	@$(PIP) --no-build-isolation --editable '.[test]'
+	@$(PIP) --no-deps timm  # one file of it is used, which needs none of torchvision
+	@$(PIP) --no-deps liger-kernel  # its wheel asks for a PyTorch with CUDA
 	@touch $@
 
 demo: setup
@@ -42,16 +45,18 @@ test-all: setup-test
 	TRITON_INTERPRET=1 .venv/bin/python -m pytest -q -m "not static and not gpu"
 	.venv/bin/python -m pytest -q -m static
 
-# Tables of compiled kernels for both versions of Triton; the second one shares the rest of .venv.
-static: setup-test .triton/3.9.0
-	@mkdir -p build/static
-	@failed=0; for version in 3.7.1 3.9.0; do \
-	  .venv/bin/python -m bench.static --triton $$version --json build/static/$$version.json \
-	    --markdown build/static/$$version.md --png build/static/$$version.png || failed=1; done; exit $$failed
+# On a machine with a GPU and no network: nothing is set up, the environment that is there is used.
+gpu:
+	@$(if $(wildcard .venv/bin/python),.venv/bin/python,$(PYTHON)) -m bench.gpu
 
-.triton/3.9.0:
-	@echo "Adding Triton 3.9.0 beside .venv"
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --target $@ triton==3.9.0
+# What the compilers make of every kernel, for GPUs that need not be here: two versions of Triton.
+NEWER_TRITON := 3.9.0
+static: setup-test .triton/$(NEWER_TRITON)
+	.venv/bin/python -m bench.static
+	.venv/bin/python -m bench.static --triton $(NEWER_TRITON)
+
+.triton/$(NEWER_TRITON):
+	@$(PIP_PLAIN) --no-deps --target $@ triton==$(NEWER_TRITON)
 
 lint: setup-test
 	.venv/bin/ruff check .

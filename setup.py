@@ -33,6 +33,7 @@ setup(
     ],
     extras_require={
         "tensorboard": ["tensorboard>=2.17"],
+        "profile": ["nvtx>=0.2.11"],  # trainer.nvtx=true
         "test": [
             "pytest>=8",
             "pytest-benchmark>=5",
@@ -40,7 +41,8 @@ setup(
             "ruff>=0.9",
             "mypy>=1.14",
             "diffusers==0.42.1",  # the peer model
-            "liger-kernel==0.8.5",  # the peer of the norms in bench.static
+            "ema-pytorch==0.8.3",  # a peer; timm and Liger-Kernel are others: see the Makefile
+            "nvtx>=0.2.11",
             "tensorboard>=2.17",
         ],
     },

@@ -35,10 +35,18 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(arguments: Sequence[str]) -> int:
     """Compose the configuration and run its trainer; return the exit code."""
     options, overrides = parse(arguments)
-    from transfer1.config import ConfigError, check_trainable, compose, locate, to_yaml
+    from transfer1.config import (
+        ConfigError,
+        check_consistency,
+        check_trainable,
+        compose,
+        locate,
+        to_yaml,
+    )
 
     try:
         config = compose(options.config, overrides)
+        check_consistency(config)
         if options.dryrun:
             text = to_yaml(config)
             path = Path(config.job.path_local) / "config.yaml"

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from configs.net import COMMON
@@ -23,10 +22,10 @@ from transfer1.diffusion.condition import Condition
 from transfer1.model.dit import DiT
 
 from .diffusers_peer import run_theirs, their_network
-from .timing import describe, machine, markdown, take_turns
+from .flops import count_flops
+from .timing import describe, machine, markdown, matrix_product, take_turns
 
 CONTEXT_TOKENS = 512
-MATRIX = 2048  # side of the matrix product that sets the limit
 COLUMNS: dict[str, Callable[[Any], str]] = {
     "size": str,
     "dtype": str,
@@ -93,11 +92,11 @@ def time_networks(size: str, dtype: str, backends: list[str], rounds: int) -> li
         "num_heads": spec.heads,
     }
     torch.manual_seed(0)
+    reference = DiT(**arguments, ops=kernels.select("reference")).to(kind)
     ours = {b: DiT(**arguments, ops=kernels.select(b)).to(kind) for b in backends}
-    first = next(iter(ours.values()))
     for network in ours.values():
-        network.load_state_dict(first.state_dict())
-    theirs = their_network(arguments, first.state_dict()).to(kind)
+        network.load_state_dict(reference.state_dict())
+    theirs = their_network(arguments, reference.state_dict()).to(kind)
     frames, rows_, columns = spec.latent
     x = torch.randn(1, 16, *spec.latent).to(kind)
     noise_level = torch.zeros(1, dtype=kind)
@@ -106,18 +105,18 @@ def time_networks(size: str, dtype: str, backends: list[str], rounds: int) -> li
         fps=torch.full((1,), 24.0),
         padding_mask=torch.zeros(1, 1, 8 * rows_, 8 * columns, dtype=kind),
     )
+
+    def forward(network: DiT) -> torch.Tensor:
+        return network(x, noise_level, condition)
+
     calls: dict[str, Callable[[], Any]] = {
-        f"transfer1 {backend}": _training(network, lambda n: n(x, noise_level, condition))
-        for backend, network in ours.items()
+        f"transfer1 {backend}": _training(network, forward) for backend, network in ours.items()
     }
     calls["diffusers"] = _training(theirs, lambda n: run_theirs(n, x, noise_level, condition))
-    with FlopCounterMode(display=False) as counter:
-        next(iter(calls.values()))()
-    flops = counter.get_total_flops()
-    matrix = torch.randn(MATRIX, MATRIX).to(kind)
-    calls["GEMM"] = lambda: matrix @ matrix
-    times = take_turns(calls, rounds)
-    limit = 2 * MATRIX**3 / times.pop("GEMM").median
+    flops = count_flops(_training(reference, forward))
+    calls["GEMM"], product_flops = matrix_product(kind, "cpu")
+    times = take_turns(calls, rounds, warm_up=2)
+    limit = product_flops / times.pop("GEMM").median
     return [
         {
             "size": size,

@@ -1,144 +1,126 @@
 """Times every op of the table: each backend, what one would use instead, and the machine's limit.
 
-    python -m bench.ops [--op NAME ...] [--size NAME ...] [--rounds N] [--json FILE]
+    python -m bench.ops [--op NAME ...] [--size NAME ...] [--dtype NAME ...] [--backend NAME ...]
+                        [--rounds N] [--json FILE]
 
 The work of `adamw_step` is a whole update: gradient norm, clip coefficient, AdamW and average.
-Rivals take turns in one process. An op is timed only after its backends have passed parity on all
-its cases.
+Rivals take turns in one process. An op is timed only after its backends have passed parity.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import gc
 import json
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kernels import BACKENDS, OPS, Op
-from kernels.registry import has_cpp_compiler
 
-from .parity import check_parity, inputs_of
-from .peers import PEERS
-from .timing import describe, machine, markdown, memory_pass, take_turns
+from .timing import WARM_UP, describe, machine, markdown, take_turns
+from .work import Work, works
 
-LIMIT = "memory pass"
-GPU_SIZES = ("7B", "7B_cross")  # would take minutes on a CPU
+DTYPES = ("float32", "bfloat16", "float16")
 COLUMNS: dict[str, Callable[[Any], str]] = {
     "op": str,
     "size": str,
+    "dtype": str,
+    "pass": str,
     "rival": str,
     "ms": "{:.2f}".format,
     "spread": "{:.0%}".format,
     "GB/s": "{:.1f}".format,
+    "GFLOP/s": "{:.0f}".format,
     "share of limit": "{:.2f}".format,
-    "speed against": str,
+    "speed against": lambda ratios: ", ".join(f"{n} x{ratio:.2f}" for n, ratio in ratios.items()),
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the table, and write it as JSON where asked."""
+    """Print the table, and write it as JSON where asked, op by op."""
     timed = [name for name, op in OPS.items() if op.sizes]
+    sizes = sorted({size for op in OPS.values() for size in op.sizes})
     parser = argparse.ArgumentParser(prog="python -m bench.ops", description=__doc__.split("\n")[0])
     parser.add_argument("--op", nargs="+", choices=timed, default=timed)
-    parser.add_argument("--size", nargs="+", help="names of sizes; all of an op by default")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--size", nargs="+", choices=sizes, help="all of an op by default")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="the usual one by default")
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS[1:], help="all by default")
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write machine and rows to this file")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = machine(device)
-    print(describe(facts), f"rounds {options.rounds}", sep=", ", end="\n\n", flush=True)
+    print(f"{describe(facts)}, warm-up {WARM_UP}, rounds {options.rounds}\n", flush=True)
+    dtypes = options.dtype and [getattr(torch, name) for name in options.dtype]
     rows: list[dict[str, Any]] = []
     for name in options.op:
-        rows += time_op(OPS[name], options.size, device, options.rounds)
-    print(markdown(rows, COLUMNS))
-    if options.json:
-        options.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1))
+        rows += time_op(
+            OPS[name], options.size, device, options.rounds, dtypes, backends=options.backend
+        )
+        if options.json:
+            options.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1))
+        print(f"{name}: done", flush=True)
+    print("\n" + markdown(rows, COLUMNS))
 
 
-def time_op(op: Op, sizes: list[str] | None, device: str, rounds: int) -> list[dict[str, Any]]:
-    """Rows of one op, one per size and rival.
+def time_op(
+    op: Op,
+    sizes: Sequence[str] | None,
+    device: str,
+    rounds: int,
+    dtypes: Sequence[torch.dtype] | None = None,
+    backends: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of one op, one per size, dtype, pass and rival.
 
     Raises:
         AssertionError: a backend is not as exact as the reference; it is not timed then.
     """
-    backends = backends_on(op, device)
-    for backend in backends:
-        for case, spec in op.cases.items():
-            if backend == "compile" and spec.options.get("master") == "none":
-                continue  # it does not round stochastically, and says so
-            inputs = inputs_of(op, case, spec.dtypes[0])
-            check_parity(op, op.build(backend, device), _on(inputs, device))
     rows = []
-    for size, spec in op.sizes.items():
-        if sizes and size not in sizes:
-            continue
-        if device == "cpu" and size in GPU_SIZES:
-            print(f"{op.name} {size}: left to a GPU", flush=True)
-            continue
-        inputs = op.inputs(device=device, dtype=spec.dtypes[0], **spec.options)
-        work = {b: _work(op, b, device, copy.deepcopy(inputs)) for b in backends}
-        peers = {name: make(inputs) for name, make in PEERS.get(op.name, {}).items()}
-        moved = _bytes(op, inputs)
-        limit = memory_pass(moved, device, reads_only=op.name == "grad_norm")
-        times = take_turns({**work, **peers, LIMIT: limit}, rounds)
-        for rival, time in times.items():
-            against = [f"{p} x{times[p].median / time.median:.2f}" for p in peers if p != rival]
-            rows.append(
-                {
-                    "op": op.name,
-                    "size": size,
-                    "rival": rival,
-                    "ms": 1e3 * time.median,
-                    "spread": time.spread,
-                    "GB/s": moved / time.median / 1e9,
-                    "share of limit": times[LIMIT].median / time.median,
-                    "speed against": ", ".join(against) if rival in work else None,
-                }
-            )
+    for work in works(op, device, sizes, dtypes, backends):
+        rows += time_work(work, rounds)
+        del work
+        gc.collect()
     return rows
 
 
-def backends_on(op: Op, device: str) -> list[str]:
-    """Backends that can be timed here: Triton's interpreter says nothing about speed."""
-    possible = {
-        "triton": op.triton is not None and device == "cuda",
-        "compile": has_cpp_compiler(),
-        "reference": True,
-    }
-    return [backend for backend in BACKENDS if possible.get(backend)]
+def time_work(work: Work, rounds: int) -> list[dict[str, Any]]:
+    """Rows of one work: our backends, the peers, the limit."""
+    limit, limit_call = work.limit
+    times = take_turns({**work.ours, **work.peers, limit: limit_call}, rounds)
+    least = times[limit].median * work.limit_scale
+    rows = []
+    for rival, time in times.items():
+        seconds = least if rival == limit else time.median
+        ratios = {peer: times[peer].median / seconds for peer in work.peers}
+        rows.append(
+            {
+                "op": work.op.name,
+                "size": work.size,
+                "dtype": str(work.dtype).removeprefix("torch."),
+                "pass": work.passes,
+                "rival": rival,
+                "kind": _kind(work, rival),
+                "ms": 1e3 * seconds,
+                "spread": time.spread,
+                "bytes": work.bytes,
+                "flops": work.flops,
+                "GB/s": work.bytes / seconds / 1e9 if limit == "memory pass" else None,
+                "GFLOP/s": work.flops / seconds / 1e9 if limit == "matrix product" else None,
+                "share of limit": least / seconds,
+                "speed against": ratios if rival in work.ours and ratios else None,
+            }
+        )
+    return rows
 
 
-def _work(op: Op, backend: str, device: str, inputs: dict[str, Any]) -> Callable[[], Any]:
-    call = op.build(backend, device)
-    if op.name != "adamw_step":
-        return partial(call, **inputs)
-    norm = OPS["grad_norm"].build(backend, device)
-
-    def update() -> None:
-        inputs["clip_coef"] = (1.0 / (norm(inputs["grads"]) + 1e-6)).clamp(max=1.0)
-        call(**inputs)
-
-    return update
-
-
-def _bytes(op: Op, inputs: dict[str, Any]) -> int:
-    size = op.cost(**inputs)[0]
-    if op.name == "adamw_step":
-        size += OPS["grad_norm"].cost(grads=inputs["grads"])[0]
-    return size
-
-
-def _on(value: Any, device: str) -> Any:
-    if isinstance(value, dict):
-        return {name: _on(item, device) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_on(item, device) for item in value]
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+def _kind(work: Work, rival: str) -> str:
+    if rival in work.ours:
+        return "ours"
+    return "peer" if rival in work.peers else "limit"
 
 
 if __name__ == "__main__":

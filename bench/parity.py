@@ -16,10 +16,12 @@ LOW_PRECISION_FACTOR = 2.0  # error against float32, relative to that of the ref
 FLOOR = 1e-6
 
 
-def inputs_of(op: Op, case: str, dtype: torch.dtype) -> dict[str, Any]:
+def inputs_of(
+    op: Op, case: str, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
     """The inputs of a case, the same every time."""
     torch.manual_seed(0)
-    return op.inputs(dtype=dtype, **op.cases[case].options)
+    return op.inputs(dtype=dtype, device=device, **op.cases[case].options)
 
 
 def check_parity(op: Op, function: Callable[..., Any], inputs: dict[str, Any]) -> None:
@@ -92,7 +94,7 @@ def run(function: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Tenso
     leaves = {n: v for n, v in inputs.items() if isinstance(v, Tensor) and v.requires_grad}
     if leaves:
         generator = torch.Generator().manual_seed(1)
-        weights = [torch.randn(output.shape, generator=generator) for output in outputs]
+        weights = [torch.randn(o.shape, generator=generator).to(o.device) for o in outputs]
         total = sum((o.float() * w).sum() for o, w in zip(outputs, weights, strict=True))
         assert isinstance(total, Tensor)
         gradients = torch.autograd.grad(total, list(leaves.values()))

@@ -57,6 +57,7 @@ def ours(ops: Sequence[str], traffic: Iterable[dict[str, Any]]) -> list[dict[str
         (op, use.config): next(iter(use.inputs(device="meta").values())).numel() / TOKENS
         for op in ops
         for use in model_uses(op, "7B")
+        if "M" not in use.options  # few keys: nothing that is counted per query says something
     }
     return [
         {

@@ -19,8 +19,8 @@ import torch
 
 from kernels import OPS
 
-from .static_cases import MODELS, model_uses
-from .traffic import least_backward
+from .costs import backward_cost
+from .static_cases import MODELS, as_list, model_uses
 
 MEMORY_SHARE = 0.86
 SCHEDULE_SHARE = 487 / 653
@@ -45,6 +45,7 @@ class Gpu:
 GPUS = {
     "A100": Gpu("sm_80", 2.039e12, 312e12, "NVIDIA A100 80GB SXM datasheet"),
     "H100": Gpu("sm_90", 3.35e12, 989e12, "NVIDIA H100 SXM datasheet, half of the sparse figure"),
+    "H200": Gpu("sm_90", 4.8e12, 989e12, "NVIDIA H200 SXM datasheet, half of the sparse figure"),
     "B200": Gpu("sm_100", 8.0e12, 2250e12, "NVIDIA DGX B200 datasheet, an eighth, dense"),
     "MI300X": Gpu("gfx942", 5.3e12, 1307.4e12, "AMD Instinct MI300X datasheet"),
 }
@@ -81,8 +82,10 @@ def works(ops: Iterable[str]) -> list[dict[str, Any]]:
             size, flops = op.cost(**inputs)
             labels = {"op": name, "config": use.config}
             found.append({**labels, "pass": "forward", "bytes": size, "flops": flops})
-            backward = SPLIT_PRODUCTS * flops if name == "attention" else 2.0 * flops
-            size = least_backward(name, inputs)
+            outputs = as_list(op.reference(**inputs))
+            size, backward = backward_cost(op, inputs, outputs)
+            if name == "attention":
+                backward = int(backward * SPLIT_PRODUCTS / SHARED_PRODUCTS)
             found.append({**labels, "pass": "backward", "bytes": size, "flops": backward})
         if name in ("adamw_step", "ema_update", "grad_norm"):
             inputs = op.inputs(shapes=((PARAMETERS,),), device="meta", dtype=torch.bfloat16)
@@ -125,6 +128,14 @@ def predictions(
     return found
 
 
+def predicted_seconds(device: str, moved: int, flops: int) -> float | None:
+    """The larger of the times for the bytes and for the flops; None for a device without peaks."""
+    for name, gpu in GPUS.items():
+        if name in device:
+            return max(moved / gpu.bandwidth, flops / gpu.flops)
+    return None
+
+
 def plot(found: Iterable[Mapping[str, Any]], path: Path) -> None:
     """A roofline picture: arithmetic intensity against the rate that the limit allows."""
     import matplotlib
@@ -133,7 +144,7 @@ def plot(found: Iterable[Mapping[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     found = list(found)
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    figure, axes = pyplot.subplots(figsize=(10, 5))
     for name in dict.fromkeys(row["gpu"] for row in found):
         gpu = GPUS[name]
         intensities = [0.05, gpu.ridge, 1e5]
@@ -146,11 +157,16 @@ def plot(found: Iterable[Mapping[str, Any]], path: Path) -> None:
             color=line.get_color(),
             s=14,
         )
-    labelled = {(row["op"], row["pass"]): row["flops"] / row["bytes"] for row in found}
-    for (op, stage), intensity in labelled.items():
-        axes.annotate(
-            f"{op} {stage}", (intensity, 0.03), rotation=90, fontsize=6, va="bottom", ha="center"
-        )
+    labelled: dict[tuple[str, str], float] = {}
+    for row in found:
+        labelled.setdefault((row["op"], row["pass"]), row["flops"] / row["bytes"])
+    ordered = sorted(labelled.items(), key=lambda item: item[1])
+    for number, (_, intensity) in enumerate(ordered, start=1):
+        height = 0.03 * 2.2 ** (number % 4)  # neighbours stand at different heights
+        axes.axvline(intensity, color="0.85", linewidth=0.6, zorder=0)
+        axes.annotate(str(number), (intensity, height), fontsize=8, ha="center")
+    key = [f"{number}  {op} {stage}" for number, ((op, stage), _) in enumerate(ordered, start=1)]
+    axes.text(1.02, 1.0, "\n".join(key), transform=axes.transAxes, fontsize=8, va="top")
     axes.set(xscale="log", yscale="log", ylim=(0.02, 4e3))
     axes.set_xlabel("FLOP per byte of memory traffic")
     axes.set_ylabel("TFLOP/s")

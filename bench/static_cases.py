@@ -129,6 +129,11 @@ def launches_for(op: Op, inputs: dict[str, Any], target: str) -> list[tuple[str,
         leaves = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
         if leaves:
             stage = "backward"
-            outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+            outputs = as_list(outputs)
             torch.autograd.grad(outputs, leaves, [torch.ones_like(output) for output in outputs])
     return found
+
+
+def as_list(outputs: Any) -> list[Tensor]:
+    """The results of an op, of which there may be one or several."""
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-WARM_UP = 3  # rounds
+from kernels import batches
+from kernels.adaln_attention import compiled as compiled_attention
+
+WARM_UP = 3  # rounds, of which the fastest decides who is slow
 SLOW = 5  # times slower than the fastest: timed apart
+MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrices whose product is a limit
 
 
 @dataclass(frozen=True)
@@ -23,20 +29,23 @@ class Time:
 
     Attributes:
         median: of all rounds.
-        spread: half the distance between the quartiles, relative to the median.
+        spread: half the distance between the quartiles (of fewer than four rounds, between the
+            fastest and the slowest), relative to the median.
     """
 
     median: float
     spread: float
 
 
-def take_turns(rivals: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Time]:
+def take_turns(
+    rivals: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = WARM_UP
+) -> dict[str, Time]:
     """Time all rivals in each round, so that what slows the machine down slows all of them.
 
     Those that are many times slower take their turns afterwards: in the same rounds they would
     leave the data of the others cold, in caches and page tables.
     """
-    first = {name: min(_seconds(call) for _ in range(WARM_UP)) for name, call in rivals.items()}
+    first = {name: min(_seconds(call) for _ in range(warm_up)) for name, call in rivals.items()}
     fastest = min(first.values())
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for is_slow, count in ((False, rounds), (True, max(3, rounds // 3))):
@@ -71,15 +80,44 @@ def memory_pass(size: int, device: torch.device | str, *, reads_only: bool) -> C
     return change
 
 
+def matrix_product(dtype: torch.dtype, device: torch.device | str) -> tuple[Callable[[], Any], int]:
+    """A square matrix product and its flops: what no kernel made of products can beat by much."""
+    side = MATRIX[torch.device(device).type]
+    matrix = torch.randn(side, side, dtype=dtype, device=device)
+    return lambda: matrix @ matrix, 2 * side**3
+
+
+def forget_compiled() -> None:
+    """Start anew with `torch.compile`: what was compiled before shapes what is compiled next.
+
+    A function that has seen several sizes is compiled for any size, and one that has been compiled
+    too often no longer at all.
+    """
+    torch.compiler.reset()
+    for planned in (batches.compiled, compiled_attention._compiled):
+        planned.cache_clear()
+
+
 def machine(device: torch.device | str) -> dict[str, Any]:
     """Where and with what the numbers were taken."""
     facts: dict[str, Any] = {
         "device": _processor() if torch.device(device).type == "cpu" else _gpu(device),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+    for package in ("triton", "numpy"):
+        facts[package] = package_version(package)
     return facts
+
+
+def package_version(name: str) -> str:
+    """Version of an installed package, or "not installed"."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def describe(facts: Mapping[str, Any]) -> str:
@@ -110,8 +148,9 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 def _summary(values: list[float]) -> Time:
     if len(values) < 4:
-        return Time(statistics.median(values), 0.0)
-    low, median, high = statistics.quantiles(values, n=4)
+        low, median, high = min(values), statistics.median(values), max(values)
+    else:
+        low, median, high = statistics.quantiles(values, n=4)
     return Time(median, (high - low) / 2 / median)
 
 

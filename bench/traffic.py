@@ -24,11 +24,15 @@ from torch import Tensor
 from kernels import OPS, Op
 from kernels.adaln_attention import qk_norm_rope, rows
 
+from .costs import backward_cost
 from .interpreter import Traffic, counted, repair
-from .static_cases import MODELS, Use, model_uses, uses_of
+from .static_cases import MODELS, Use, as_list, model_uses, uses_of
 
 ROWS_PER_PROGRAM = 64
-SHAPES = ((32_768,), (100, 101))  # parameters of an update: many, and odd ones
+SHAPES = (
+    (32_768,),
+    (100, 101),
+)  # parameters of an update: as many as most chunks have, and odd ones
 FEWER = {"attention": {"N": 1}}  # of the options of a use; others have one program per sample
 
 
@@ -65,36 +69,17 @@ def traffic_rows(op: str) -> list[dict[str, Any]]:
 
 
 def passes(op: Op, inputs: dict[str, Any]) -> Iterator[tuple[str, Traffic, int]]:
-    """("forward", what it asked for, the least), and the same of a backward pass if any."""
+    """("forward", what it asked for, the least); the same of a backward pass if there is one."""
     with counted() as traffic:
         outputs = op.build("triton")(**inputs)
     yield "forward", traffic, op.cost(**inputs)[0]
     leaves = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
     if leaves:
-        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        outputs = as_list(outputs)
         gradients = [torch.ones_like(output) for output in outputs]
         with counted() as traffic:
             torch.autograd.grad(outputs, leaves, gradients)
-        yield "backward", traffic, least_backward(op.name, inputs)
-
-
-def least_backward(op: str, inputs: dict[str, Any]) -> int:
-    """Least bytes of a backward pass: read gradients and what they are made of, write gradients."""
-    if op in ("attention", "qk_norm_rope"):
-        q, k = inputs["q_BLNK"].nbytes, inputs["k_BMNK"].nbytes
-        if op == "qk_norm_rope":  # read both and their gradients, write both
-            read = sum(v.nbytes for v in inputs.values() if isinstance(v, Tensor)) + q + k
-            return read + sum(inputs[name].nbytes for name in inputs if name[:2] in ("q_", "k_"))
-        B, L, N, _ = inputs["q_BLNK"].shape
-        # Read q, k, v, out, its gradient and the log-sum-exp; write dq, dk, dv.
-        return 4 * q + 4 * k + 4 * B * L * N
-    x, vectors = inputs["x_BLD"].nbytes, inputs["x_BLD"][:, 0].nbytes
-    large, small = {
-        "adaln_modulate": (3 if inputs.get("position_LD") is None else 4, 3),
-        "residual_adaln_modulate": (6, 5),
-        "gated_residual": (3, 2),
-    }[op]
-    return large * x + small * vectors
+        yield "backward", traffic, backward_cost(op, inputs, outputs)[0]
 
 
 @contextmanager

@@ -10,15 +10,15 @@ MODULE = "transfer1.training.callbacks"
 
 
 def register() -> None:
-    """Store the options of `callbacks`."""
-    ConfigStore.instance().store(
-        group="callbacks",
-        package="trainer.callbacks",
-        name="basic",
-        node={
-            "progress_bar": L(f"{MODULE}.ProgressBar")(),
-            "grad_clip": L(f"{MODULE}.GradClip")(fsdp_enabled=True, model_key="model"),
-            "low_prec": L(f"{MODULE}.LowPrecision")(update_iter=1),
-            "iter_speed": L(f"{MODULE}.IterSpeed")(every_n=200, hit_thres=1000),
-        },
-    )
+    """Store the options of `callbacks`: those of every run, and with scores on held-out clips."""
+    basic = {
+        "progress_bar": L(f"{MODULE}.ProgressBar")(),
+        "grad_clip": L(f"{MODULE}.GradClip")(fsdp_enabled=True, model_key="model"),
+        "low_prec": L(f"{MODULE}.LowPrecision")(update_iter=1),
+        "iter_speed": L(f"{MODULE}.IterSpeed")(every_n=200, hit_thres=1000),
+    }
+    held_out = {"held_out": L("transfer1.training.report.HeldOutReport")(every_n=1000)}
+    for name, node in (("basic", basic), ("held_out", {**basic, **held_out})):
+        ConfigStore.instance().store(
+            group="callbacks", package="trainer.callbacks", name=name, node=node
+        )

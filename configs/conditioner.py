@@ -9,6 +9,7 @@ from hydra.core.config_store import ConfigStore
 
 from transfer1.config import LazyCall as L
 from transfer1.config import LazyDict
+from transfer1.config.removed import MULTI_VIEW
 
 MODULE = "transfer1.diffusion.condition"
 
@@ -71,7 +72,10 @@ def conditioner(keys: tuple[str, ...] = (), frames: bool = False) -> LazyDict:
 
 
 def register() -> None:
-    """Store the options of `conditioner`; with and without control they are the same."""
+    """Store the options of `conditioner`; with and without control they are the same.
+
+    The one of multi-view models is known by name only.
+    """
     store = ConfigStore.instance().store
     sizes = ("fps", "num_frames", "image_size", "padding_mask")
     for name, node in (
@@ -80,5 +84,6 @@ def register() -> None:
         ("video_cond", conditioner(sizes, frames=True)),
         ("ctrlnet", conditioner()),
         ("ctrlnet_add_fps_image_size_padding_mask", conditioner(sizes, frames=True)),
+        ("view_cond_ctrlnet_add_fps_image_size_padding_mask", L(MULTI_VIEW)()),
     ):
         store(group="conditioner", package="model.conditioner", name=name, node=node)

@@ -1,7 +1,8 @@
-"""Groups `hint_key` and `net_ctrl`: what the control branch sees and how it is built.
+"""Group `hint_key`: what the control branch sees.
 
-A control modality is one row of `CONTROLS` and one class in `transfer1/data/controls.py`; its hint
-key and its entries in the data groups derive from the row.
+A control modality is one row of `CONTROLS` and one class in `transfer1/data/controls`; its hint
+key, its entries in the data groups and its experiments derive from the row. A file of one's own may
+add both before it calls `make_config` (`tests/new_control.py` does).
 """
 
 from __future__ import annotations
@@ -9,22 +10,22 @@ from __future__ import annotations
 import attrs
 from hydra.core.config_store import ConfigStore
 
-from transfer1.config import LazyCall as L
-
-from .net import FADITV2_7B, TINY_FA
-
 
 @attrs.frozen
 class Control:
     """One control modality.
 
     Attributes:
-        name: as in `control_input_<name>`.
-        dataset_dir: folder of its example data; None while no class produces the control.
+        name: as in `control_input_<name>`, a key of `transfer1.data.controls.CONTROLS`; no
+            underscore, which joins the names of several controls.
+        dataset_dir: folder of its example data.
+        family: experiments it is trained in: `lvg` (videos of anything, first frames given), or
+            `av` (driving).
     """
 
-    name: str
-    dataset_dir: str | None = None
+    name: str = attrs.field(validator=attrs.validators.matches_re("[a-z0-9]+"))
+    dataset_dir: str = "datasets/hdvila"
+    family: str = "lvg"
 
     @property
     def hint_key(self) -> str:
@@ -32,20 +33,20 @@ class Control:
         return f"control_input_{self.name}"
 
 
-CONTROLS = (
+CONTROLS = [
     Control("vis"),
-    Control("edge", dataset_dir="datasets/hdvila"),
+    Control("edge"),
     Control("depth"),
     Control("seg"),
     Control("keypoint"),
     Control("upscale"),
-    Control("hdmap"),
-    Control("lidar"),
-)
+    Control("hdmap", "datasets/waymo_transfer1/", family="av"),
+    Control("lidar", "datasets/waymo_transfer1/", family="av"),
+]
 
 
 def register() -> None:
-    """Store the options of `hint_key` and `net_ctrl`."""
+    """Store the options of `hint_key`."""
     store = ConfigStore.instance().store
     for control in CONTROLS:
         for suffix, grayscale in (("", False), ("_grayscale", True)):
@@ -55,15 +56,3 @@ def register() -> None:
                 name=control.hint_key + suffix,
                 node={"hint_key": {"hint_key": control.hint_key, "grayscale": grayscale}},
             )
-    for name, arguments, num_control_blocks in (
-        ("faditv2_7b", FADITV2_7B, 15),
-        ("tiny_fa", TINY_FA, 3),
-    ):
-        store(
-            group="net_ctrl",
-            package="model.net_ctrl",
-            name=name,
-            node=L("transfer1.model.control.ControlEncoder")(
-                **arguments, hint_channels=16, num_control_blocks=num_control_blocks
-            ),
-        )

@@ -1,4 +1,4 @@
-"""Groups `data_train` and `data_val`, one option per control that has data."""
+"""Groups `data_train` and `data_val`, one option per control."""
 
 from __future__ import annotations
 
@@ -33,8 +33,6 @@ def register() -> None:
     """Store the options of `data_train` and `data_val`."""
     store = ConfigStore.instance().store
     for control in CONTROLS:
-        if control.dataset_dir is None:
-            continue
         for part in ("train", "val"):
             store(
                 group=f"data_{part}",

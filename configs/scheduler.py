@@ -8,16 +8,22 @@ from transfer1.config import LazyCall as L
 
 
 def register() -> None:
-    """Store the options of `scheduler`."""
-    ConfigStore.instance().store(
-        group="scheduler",
-        package="scheduler",
-        name="lambdalinear",
-        node=L("transfer1.training.schedule.LambdaLinear")(
-            warm_up_steps=[1000],
-            cycle_lengths=[10000000000000],
-            f_start=[1.0e-6],
-            f_max=[1.0],
-            f_min=[1.0],
-        ),
-    )
+    """Store the options of `scheduler`: after the warm-up constant, or falling to the end."""
+    module = "transfer1.training.schedule"
+    for name, target, warm_up, length, f_start, f_min in (
+        ("lambdalinear", "LambdaLinear", 1000, 10000000000000, 1.0e-6, 1.0),
+        ("lambdacosine", "LambdaWarmUpCosine", 1000, "${trainer.max_iter}", 1.0e-6, 0.0),
+        ("constant", "LambdaLinear", 0, 10000000000000, 1.0, 1.0),
+    ):
+        ConfigStore.instance().store(
+            group="scheduler",
+            package="scheduler",
+            name=name,
+            node=L(f"{module}.{target}")(
+                warm_up_steps=[warm_up],
+                cycle_lengths=[length],
+                f_start=[f_start],
+                f_max=[1.0],
+                f_min=[f_min],
+            ),
+        )

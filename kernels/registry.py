@@ -97,7 +97,12 @@ OPS: dict[str, Op] = {}
 # entered only once `bench.ops` on that device has shown another backend to be faster.
 AUTO: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
-        "cpu": {"adamw_step": "compile", "ema_update": "compile", "grad_norm": "compile"},
+        "cpu": {
+            "adamw_step": "compile",
+            "attention": "compile",
+            "ema_update": "compile",
+            "grad_norm": "compile",
+        },
         "cuda": {},
     }
 )

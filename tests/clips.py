@@ -5,12 +5,15 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 
 from transfer1.data import demo
+from transfer1.data.controls.rle import encode
+from transfer1.data.video import Video
 
 REAL_CLIPS = Path(__file__).parents[2] / "shared" / "data" / "clips"
 
@@ -64,6 +67,34 @@ def write_dataset(
         embedding = np.full((3, 1024), len(name), np.float32)
         write_text(folder / "t5_xxl" / f"{name}.pickle", [embedding])
     return folder
+
+
+def write_controls(folder: Path) -> Path:
+    """Add a file of every stored control for every video of a dataset folder."""
+    for file in (folder / "videos").glob("*.mp4"):
+        frames = Video(file).read()
+        brightness = np.repeat(frames.mean(-1, keepdims=True).astype(np.uint8), 3, axis=-1)
+        for name in ("depth", "hdmap", "lidar"):
+            write_video(folder / name / file.name, brightness)
+        masks = [mask_entry((frames[..., c] > 128).astype(np.uint8), f"c{c}") for c in range(3)]
+        write_text(folder / "seg" / f"{file.stem}.pickle", masks)
+        people = {t: [person(t), person(t + 1)][: t % 3] for t in range(len(frames))}
+        write_text(folder / "keypoint" / f"{file.stem}.pickle", people)
+    return folder
+
+
+def mask_entry(mask: np.ndarray, phrase: str = "thing") -> dict[str, Any]:
+    """A mask [T, H, W] as a file of the dataset holds it."""
+    data = {"counts": encode(mask), "size": [mask.size, 1]}
+    rle = {"data": data, "mask_shape": list(mask.shape)}
+    return {"phrase": phrase, "segmentation_mask_rle": rle}
+
+
+def person(seed: int = 0) -> dict[str, np.ndarray]:
+    """A person all of whose points are visible, as a file of the dataset holds it."""
+    points = np.random.default_rng(seed).uniform(0.1, 0.9, (133, 3))
+    points[:, 2] = 0.9
+    return {"body-keypoints": points[:91], "hand-keypoints": points[91:]}
 
 
 def real_clip(name: str) -> Path:

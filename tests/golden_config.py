@@ -42,26 +42,19 @@ TARGETS = {
     "IterSpeed": "transfer1.training.callbacks.IterSpeed",
     "MultiRankCheckpointer": "transfer1.training.checkpoint.MultiRankCheckpointer",
     "ExampleTransferDataset": "transfer1.data.dataset.TransferDataset",
+    "AVTransferDataset": "transfer1.data.dataset.TransferDataset",
     "DataLoader": "transfer1.data.loader.build_dataloader",
     "Trainer": "transfer1.training.trainer.Trainer",
 }
 
 # Options that the original has and this package does not build yet: group -> names.
-LATER = {
+LATER = {"ckpt_klass": {"fsdp", "tp", "fast_tp"}}
+
+# Options that are registered and refuse with one message: group -> names.
+REFUSED = {
     "net_ctrl": {"faditv2_sv2mv"},
     "conditioner": {"view_cond_ctrlnet_add_fps_image_size_padding_mask"},
-    "ckpt_klass": {"fsdp", "tp", "fast_tp"},
-    "data_train": {"*_vis", "*_depth", "*_seg", "*_keypoint", "*_upscale", "*_hdmap", "*_lidar"},
-    "data_val": {"*_vis", "*_depth", "*_seg", "*_keypoint", "*_upscale", "*_hdmap", "*_lidar"},
-    "experiment": {
-        "*_lvg_tp_121frames_control_input_vis_*",
-        "*_lvg_tp_121frames_control_input_depth_*",
-        "*_lvg_tp_121frames_control_input_seg_*",
-        "*_lvg_tp_121frames_control_input_keypoint_*",
-        "*_lvg_tp_121frames_control_input_upscale_*",
-        "*_control_input_hdmap_*",
-        "*_control_input_lidar_*",
-    },
+    "experiment": {"*_sv2mv_*"},
 }
 
 # Leaves of the original that have no counterpart: pattern -> reason.
@@ -82,6 +75,15 @@ DROPPED = {
     "dataloader_*.in_order": "set by build_dataloader",
     "trainer.callbacks.*.config": "callbacks reach the configuration through their trainer",
     "trainer.callbacks.*.trainer": "set when the trainer is built",
+    **dict.fromkeys(
+        (
+            "dataloader_*.dataset.caption_view_idx_map",
+            "dataloader_*.dataset.load_mv_emb",
+            "dataloader_*.dataset.sample_n_views",
+            "dataloader_*.dataset.view_keys.*",
+        ),
+        "one camera at a time: multi-view models are not built",
+    ),
     "checkpoint.type._target_": "one checkpointer, whatever the parallelism: any world size reads "
     "any checkpoint",
 }
@@ -107,6 +109,8 @@ ADDED = {
     "trainer.device": ("auto", NEW),
     "trainer.non_finite": ("skip", "a non-finite gradient skips the update"),
     "trainer.max_skipped": (100, "abort after this many skipped updates in a row"),
+    "trainer.nvtx": (False, "named ranges for NVIDIA's profilers"),
+    "trainer.profile": ([], "traces of chosen updates"),
     "trainer.callbacks.grad_clip.clip_norm": (1.0, "the original's default, not listed there"),
     "trainer.callbacks.grad_clip.force_finite": (False, "see trainer.non_finite"),
     "trainer.callbacks.progress_bar.seconds": (10.0, "distance of lines without a terminal"),
@@ -139,6 +143,12 @@ CHANGED = {
     "model_obj.config": Change(lambda value: UNSET, RUN_TIME),
     "dataloader_*.shuffle": Change(
         lambda value: True, "of a stream; the original's sampler shuffles"
+    ),
+    "dataloader_*.prefetch_factor": Change(
+        lambda value: 2 if value is None else value, "null is PyTorch's 2"
+    ),
+    "dataloader_val.dataset.is_train": Change(
+        lambda value: False, "validation draws nothing at random; driving data did there"
     ),
 }
 
@@ -190,6 +200,11 @@ def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def is_later(group: str, name: str) -> bool:
     """Whether an option of the original belongs to what is not built yet."""
     return any(fnmatchcase(name, pattern) for pattern in LATER.get(group, ()))
+
+
+def is_refused(group: str, name: str) -> bool:
+    """Whether an option of the original is known by name only."""
+    return any(fnmatchcase(name, pattern) for pattern in REFUSED.get(group, ()))
 
 
 def _rename(node: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import original
 import torch
+import torch.nn.functional as F
 from goldens import Run, compare, handles
 from torch import Tensor, nn
 
@@ -131,7 +132,7 @@ def check_block(run: Run) -> None:
     rope, extra = kwargs.get("rope_emb_L_1_1_D"), kwargs.get("extra_per_block_pos_emb")
     out = block(
         to_tokens(x, layout),
-        emb,
+        F.silu(emb),
         context.transpose(0, 1) if layout == "THWBD" else context,
         None if rope is None else table_of(rope),
         kwargs.get("adaln_lora_B_3D"),
@@ -271,7 +272,7 @@ def check_final_layer(run: Run) -> None:
     module = build(run)
     x, emb = call.args  # x is [B * t, h * w, D]
     tokens = x.reshape(len(emb), -1, x.shape[-1])
-    out = module(tokens, emb, call.kwargs.get("adaln_lora_B_3D"))
+    out = module(tokens, F.silu(emb), call.kwargs.get("adaln_lora_B_3D"))
     call.check({"out": out.reshape(*x.shape[:2], -1)}, param=module)
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench import ops, timing
+from bench import ops, timing, work
 from kernels import OPS
 
 
 @pytest.fixture(autouse=True)
 def references_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling takes longer than all the rest; the slow parity tests do it."""
-    monkeypatch.setattr(ops, "has_cpp_compiler", lambda: False)
+    monkeypatch.setattr(work, "has_cpp_compiler", lambda: False)
 
 
 def test_a_table_of_rivals_peers_and_the_limit(
@@ -43,16 +43,21 @@ def test_a_table_of_rivals_peers_and_the_limit(
         ("adamw_step", "reference"),
         ("adamw_step", "torch fused"),
         ("adamw_step", "torch foreach"),
+        ("adamw_step", "torch for-loop"),
         ("adamw_step", "memory pass"),
         ("ema_update", "reference"),
         ("ema_update", "torch foreach"),
         ("ema_update", "torch lerp"),
+        ("ema_update", "torch swa_utils"),
+        ("ema_update", "ema-pytorch"),
+        ("ema_update", "ema-pytorch foreach"),
+        ("ema_update", "timm ModelEmaV3"),
         ("ema_update", "memory pass"),
     ]
     assert content["machine"]["torch"] == torch.__version__
     assert all(row["ms"] > 0 and row["GB/s"] > 0 for row in content["rows"])
     printed = capsys.readouterr().out
-    assert "| adamw_step | ragged | torch fused" in printed
+    assert "| adamw_step | ragged | float32 |      | torch fused" in printed
     assert "threads" in printed.splitlines()[0]
 
 

@@ -27,12 +27,24 @@ pytestmark = [
 
 OPTIMIZER = {"adamw_step", "ema_update", "grad_norm"}
 CASES = [case for case in all_cases(triton=True) if case.values[0].name in OPTIMIZER]
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def triton_of(op: Op) -> Callable[..., Any]:
     assert op.triton
     module, _, function = op.triton.partition(":")
     return getattr(importlib.import_module(module), function)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("op", "case", "dtype"), CASES)
+def test_no_gate_breaks(op: Op, case: str, dtype: torch.dtype, target: str) -> None:
+    from bench.compiled import inspect
+    from bench.gates import failures, row_of
+    from bench.static_cases import launches_for
+
+    for stage, launch in launches_for(op, inputs_of(op, case, dtype), target):
+        assert not failures(row_of(launch, inspect(launch), **{"op": op.name, "pass": stage}))
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])

@@ -136,7 +136,10 @@ def test_override_errors(
         ),
         ({"model": {"net_ctrl": {"num_blocks": "four"}}}, ["model.net_ctrl.num_blocks=four"]),
         ({"optimizer": {"lr": [1]}}, ["optimizer.lr=[1]", "expected float"]),
-        ({"defaults": [{"override /net": "big"}]}, ["net=big", "options: faditv2_7b, tiny_fa"]),
+        (
+            {"defaults": [{"override /net": "big"}]},
+            ["net=big", "options: faditv2_2b, faditv2_400m, faditv2_7b, tiny_fa"],
+        ),
         ({"defaults": [{"override /nett": "big"}]}, ["override /nett", "did you mean net"]),
     ],
 )

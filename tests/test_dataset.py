@@ -76,7 +76,7 @@ def test_without_resizing_the_pixels_are_the_file(folder: Path) -> None:
     frames = Video(folder / "videos" / "a.mp4").read(range(9))
     sample = dataset[0]
     np.testing.assert_array_equal(sample["video"].permute(1, 2, 3, 0).numpy(), frames)
-    edges = Edge("low")(frames, None, None)[..., 0]
+    edges = Edge("low")(frames, None)[..., 0]
     assert edges.any()
     for channel in sample["control_input_edge"]:
         np.testing.assert_array_equal(channel.numpy(), edges)
@@ -180,7 +180,7 @@ def test_frames_kept_in_memory_are_the_same(folder: Path, monkeypatch: pytest.Mo
     keys = [SampleKey(position % 3, 3, position) for position in range(9)]
     for key in keys:
         assert_equal(plain[key], cached[key])
-    monkeypatch.setattr(Video, "read", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(Video, "_decode", lambda *_: pytest.fail("decoded again"))
     for key in keys:
         cached[key]
 

@@ -17,6 +17,7 @@ CHECKER_MODULES = (
     "golden_condition",
     "golden_optimizer",
     "golden_data",
+    "golden_controls",
     "golden_training",
 )
 for module in CHECKER_MODULES:

@@ -1,4 +1,4 @@
-"""The compiled adaLN kernels: addresses, and runs of the PTX; gates are in `test_static.py`."""
+"""The compiled form of the adaLN kernels: registers, accesses, and runs of the PTX."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.skipif(interpreting(), reason="compiles kernels: run without TRITON_INTERPRET"),
 ]
 
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 VARIANTS = [
     ("adaln_modulate", {"position": None}),
     ("adaln_modulate", {}),
@@ -34,6 +35,30 @@ def launches(name: str, target: str, dtype: torch.dtype, **options: Any) -> list
 
     inputs = inputs_of(name, dtype, L=256, **options)
     return launches_of(lambda **named: run(TRITON[name], named), inputs, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_code_of_the_7b_model(name: str, options: dict[str, Any], target: str) -> None:
+    from bench.compiled import inspect
+    from bench.gates import failures, row_of
+
+    for launch in launches(name, target, torch.bfloat16, D=4096, **options):
+        row = row_of(launch, inspect(launch))
+        assert not failures(row), row
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("D", [96, 1536, 5120, 8192])
+def test_no_width_spills(D: int, dtype: torch.dtype, target: str) -> None:
+    from bench.compiled import inspect
+
+    for name in ("residual_adaln_modulate", "gated_residual"):
+        for launch in launches(name, target, dtype, D=D):
+            code = inspect(launch)
+            assert code.spills == 0, code.kernel
+            assert code.widest_access == 128 or D == 96
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS)

@@ -19,7 +19,7 @@ def test_auto_is_what_the_table_says() -> None:
     for name, backend in ops.table.items():
         assert backend == kernels.registry.AUTO["cpu"].get(name, "reference")
         assert kernels.registry.AUTO["cuda"].get(name, "reference") == "reference", "not measured"
-    assert ops.attention is kernels.OPS["attention"].reference
+    assert ops.gated_residual is kernels.OPS["gated_residual"].reference
 
 
 def test_auto_without_a_compiler_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,10 +153,11 @@ def test_dropout_keeps_at_least_one_condition() -> None:
 
 
 def test_several_weights_make_one_hint_per_condition(built: Any) -> None:
-    batch = tiny_batch(conditions=2) | {"control_weight": torch.tensor([0.25, 0.5])}
-    loss = step(built, batch, Draws(0))
-    assert len(loss.hints) == 2
     model, options = built
+    batch = tiny_batch(conditions=2) | {"control_weight": torch.tensor([0.25, 0.5])}
+    always = hint_options(options, hint_dropout_rate=0.0)
+    loss = step(built, batch, Draws(0), hint=always.hint)
+    assert len(loss.hints) == 2
     hint = normalize_pixels(batch[KEY], KEY)
     for index, actual in enumerate(loss.hints):
         mask = [index == 0, index == 1]
@@ -166,10 +167,72 @@ def test_several_weights_make_one_hint_per_condition(built: Any) -> None:
         step(built, batch, Draws(0))
 
 
-def test_the_weight_of_a_single_hint_counts(built: Any) -> None:
-    model, _ = built
+def test_weighted_conditions_are_dropped_too_but_never_all(built: Any) -> None:
+    _, options = built
+    batch = tiny_batch(conditions=2) | {"control_weight": [0.2, 0.3]}
+    often = hint_options(options, hint_dropout_rate=0.7)
+    seen = set()
+    for iteration in range(12):
+        draws = Draws(0, iteration)
+        kept = draw_hint_mask(2, 0.7, draws)
+        loss = step(built, batch, draws, hint=often.hint)
+        assert len(loss.hints) == sum(kept) >= 1
+        seen.add(tuple(kept))
+    assert len(seen) == 3
+
+
+LATENT = (3, 2, 2)  # of the tiny clips: frames, rows, columns
+TOKENS = (3, 1, 1)
+
+
+@pytest.mark.parametrize("size", [(FRAMES, HEIGHT, WIDTH), LATENT, TOKENS], ids=str)
+def test_maps_that_are_constant_act_as_their_number(built: Any, size: tuple[int, ...]) -> None:
+    """At the resolution of pixels, of the latent or of the tokens; also as one tensor."""
+    model, options = built
+    randomize_zero_blocks(model)
+    batch = tiny_batch(conditions=2)
+    always = hint_options(options, hint_dropout_rate=0.0).hint
+    numbers = step(built, batch | {"control_weight": [0.2, 0.5]}, Draws(0), hint=always).total
+    maps = [torch.full((1, 1, *size), value) for value in (0.2, 0.5)]
+    for given in (maps, torch.stack(maps), [maps[0], 0.5]):
+        total = step(built, batch | {"control_weight": given}, Draws(0), hint=always).total
+        torch.testing.assert_close(total, numbers)
+    both = step(built, batch | {"control_weight": [2.0, 5.0]}, Draws(0), hint=always).total
+    shared = step(built, batch | {"control_weight": [2 / 7, 5 / 7]}, Draws(0), hint=always).total
+    torch.testing.assert_close(both, shared)
+    assert both != numbers
+
+
+def test_weights_per_sample(built: Any) -> None:
+    """What a loader makes of one weight per control in each sample."""
+    model, options = built
+    randomize_zero_blocks(model)
+    always = hint_options(options, hint_dropout_rate=0.0).hint
+    batch = tiny_batch(batch=2, conditions=2)
+
+    def x0(weight: Any) -> torch.Tensor:
+        return step(built, batch | {"control_weight": weight}, Draws(0), hint=always).denoised.x0
+
+    together = x0(torch.tensor([[0.1, 0.6], [0.8, 0.2]]))
+    for sample, weight in enumerate([[0.1, 0.6], [0.8, 0.2]]):
+        torch.testing.assert_close(together[sample], x0(weight)[sample])
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (2, 3, 3, 2, 2), (2, 2, 2, 2, 2, 2, 2)], ids=str)
+def test_weights_of_a_wrong_shape_are_named(built: Any, shape: tuple[int, ...]) -> None:
+    batch = tiny_batch(conditions=2) | {"control_weight": torch.ones(shape)}
+    with pytest.raises(ValueError, match="weight"):
+        step(built, batch, Draws(0))
+
+
+def randomize_zero_blocks(model: Any) -> None:
+    """As after some training; otherwise no hint has an effect."""
     for parameter in model.net.zero_blocks.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_weight_of_a_single_hint_counts(built: Any) -> None:
+    randomize_zero_blocks(built[0])
     batch = tiny_batch()
     losses = [
         step(built, batch | {"control_weight": weight}, Draws(0)).total for weight in (0.0, 1.0)

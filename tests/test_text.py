@@ -10,18 +10,9 @@ import numpy as np
 import pytest
 import torch
 from clips import write_text
-from test_controls import recorded
 
 from transfer1.data.pickles import load_pickle
-from transfer1.data.text import pad_text, read_text_embedding
-
-
-def test_golden_padding() -> None:
-    for run in recorded("text"):
-        embedding = run.other("text").group("input")["emb"]
-        padded, mask = pad_text(embedding, run.spec["n"], run.spec["is_mask_all_ones"])
-        torch.testing.assert_close(padded, run.group("output")["emb"], rtol=0, atol=0)
-        torch.testing.assert_close(mask, run.group("output")["mask"], rtol=0, atol=0)
+from transfer1.data.text import NESTED, read_text_embedding
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -85,3 +76,27 @@ def test_pickles_cannot_run_code(tmp_path: Path) -> None:
 def test_plain_containers_are_read(tmp_path: Path) -> None:
     content = {"a": [1, 2.5, "x", None, (True, b"y")], "b": {"c": np.float32(3)}}
     assert load_pickle(write_text(tmp_path / "meta.pickle", content)) == content
+
+
+def nested(content: object) -> object:
+    for key in reversed(NESTED):
+        content = {key: content}
+    return content
+
+
+def test_embeddings_of_driving_data(tmp_path: Path) -> None:
+    """The array, or a list of it, lies inside dicts."""
+    array = np.random.default_rng(0).standard_normal((5, 1024)).astype(np.float32)
+    for content in (nested(array), nested([array])):
+        embedding = read_text_embedding(write_text(tmp_path / "clip.pkl", content))
+        np.testing.assert_array_equal(embedding.numpy(), array)
+    for content, message in (
+        (nested([array, array]), r"holds a list of 2; expected a list"),
+        (nested(array[0]), r"has shape \[1024\]"),
+        (
+            {"pickle": {"truth": 1}},
+            r"dict without pickle/ground_truth \(there: the keys \['truth'\]",
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"clip\.pkl: .*" + message):
+            read_text_embedding(write_text(tmp_path / "clip.pkl", content))

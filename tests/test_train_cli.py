@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from loguru import logger
 from omegaconf import OmegaConf
 
 import train
@@ -84,7 +85,7 @@ def test_nothing_chosen(
     assert missing in message
     for choices in (
         f"experiment= .*{EXPERIMENT}",
-        "net= faditv2_7b, tiny_fa",
+        "net= faditv2_2b, faditv2_400m, faditv2_7b, tiny_fa",
         "data_train= .*example_transfer_train_data_control_input_edge",
     ):
         assert re.search(choices, message), message
@@ -115,6 +116,25 @@ def test_wrong_arguments(
 def test_wrong_config_file(path: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main([f"--config={path}"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_path_of_the_original_is_understood(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands written for the original work as they are, and say what was read."""
+    monkeypatch.chdir(ROOT)
+    path = "cosmos_transfer1/diffusion/config/config_train.py"
+    lines: list[str] = []
+    handler = logger.add(lines.append, format="{message}")
+    try:
+        overrides = [f"experiment={EXPERIMENT}", "job.name=original"]
+        assert train.main([f"--config={path}", "--dryrun", "--", *overrides]) == 0
+    finally:
+        logger.remove(handler)
+    assert OmegaConf.create(capsys.readouterr().out).job.name == "original"
+    assert [line.strip() for line in lines] == [
+        f"--config={path} is the original's file; reading configs/config_train.py in its place"
+    ]
 
 
 def test_config_file_without_make_config(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy as copy_of
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -74,9 +73,8 @@ def composed(overrides: tuple[str, ...]) -> Config:
 def changed(config: Config, change: list[str] | dict[str, Any]) -> Config:
     """A copy with other values, given as key=value or as nested dicts."""
     node = nested(change) if isinstance(change, dict) else OmegaConf.from_dotlist(change)
-    copy = copy_of(config)
-    OmegaConf.set_readonly(copy, False)
-    merged = OmegaConf.merge(copy, node)
+    merged = OmegaConf.merge(config, node)  # a copy
+    OmegaConf.set_readonly(merged, False)
     OmegaConf.resolve(merged)
     OmegaConf.set_readonly(merged, True)
     return cast(Config, merged)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-
 from transfer1.config import LazyCall as L
 
 FRAMES = 17
@@ -56,7 +54,7 @@ DEMO_EDGE = {
     "defaults": [
         {"override /net": "tiny_fa"},
         {"override /net_ctrl": "tiny_fa"},
-        {"override /callbacks": "basic"},
+        {"override /callbacks": "held_out"},
         "_self_",
     ],
     "job": {"project": "transfer1", "group": "demo", "name": "edge"},
@@ -95,15 +93,8 @@ DEMO_EDGE = {
         "logging_iter": 10,
         "callbacks": {
             "iter_speed": {"hit_thres": 0, "every_n": 100},
-            "held_out": L("transfer1.training.report.HeldOutReport")(every_n=180),
+            "held_out": {"every_n": 180},
         },
     },
     "checkpoint": {"save_iter": 180},
 }
-
-
-def register() -> None:
-    """Store the demo."""
-    ConfigStore.instance().store(
-        group="experiment", package="_global_", name="demo_edge", node=DEMO_EDGE
-    )

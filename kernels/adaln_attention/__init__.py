@@ -275,6 +275,7 @@ register(
         triton="kernels.adaln_attention.flash:attention",
         inputs=attention_inputs,
         cost=attention_cost,
+        compiled="kernels.adaln_attention.compiled:attention",
         cases={
             "cross": Case(),
             "packed": Case({"packed": True, "L": 130, "K": 64}),

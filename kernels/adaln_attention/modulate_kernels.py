@@ -92,7 +92,7 @@ def modulate_backward_kernel(
     columns = tl.arange(0, BLOCK_D)
     scale_ptr += batch * scale_stride
     if not RELOAD:
-        scale = load_row(scale_ptr, columns, D, BLOCK_D)
+        scale = load_row(scale_ptr, columns, D, BLOCK_D) + 1.0
     shift_sum = tl.zeros([BLOCK_D], tl.float32)
     scale_sum = tl.zeros([BLOCK_D], tl.float32)
     if y_ptr is not None:
@@ -111,8 +111,8 @@ def modulate_backward_kernel(
         shift_sum += dh
         scale_sum += dh * normed
         if RELOAD:
-            scale = load_row(scale_ptr, columns, D, BLOCK_D)
-        dnormed = dh * (scale + 1.0)
+            scale = load_row(scale_ptr, columns, D, BLOCK_D) + 1.0
+        dnormed = dh * scale
         mean = tl.sum(dnormed) * (1.0 / D)
         slope = tl.sum(dnormed * normed) * (1.0 / D)
         dx = dnormed * rstd - (normed * (slope * rstd) + mean * rstd)
@@ -196,16 +196,13 @@ def modulate_backward(
     gate_BD = None if gate_BD is None else row_vectors(gate_BD)
     scale_BD = row_vectors(scale_BD)
     B, L, D = total_BLD.shape
-    if D > WIDE:  # mixed dtypes would exchange wide rows between lanes
-        scale_BD = scale_BD.to(total_BLD.dtype)
-        gate_BD = None if gate_BD is None else gate_BD.to(total_BLD.dtype)
-    # Found by compiling: wide rows of float32 fit the registers if they lie in shared memory.
-    ahead = (
-        total_BLD.dtype == torch.float32
-        and D > WIDE
-        and D % 4 == 0
-        and target_of(total_BLD.device).startswith(("sm_9", "sm_10"))
-    )
+    wide_float32 = D > WIDE and total_BLD.dtype == torch.float32
+    if wide_float32:  # vectors of 16 bits would lie in other lanes than the rows
+        scale_BD = scale_BD.float()
+        gate_BD = None if gate_BD is None else gate_BD.float()
+    # Found by compiling: such rows leave registers enough if the next one lies in shared memory.
+    target = target_of(total_BLD.device)
+    ahead = wide_float32 and D % 4 == 0 and target.startswith(("sm_9", "sm_10"))
     rows = backward_rows(L)
     dx_BLD = torch.empty_like(total_BLD)
     dy = torch.empty_like(y_BLD) if y_BLD is not None else total_BLD.new_empty(0)

@@ -1,6 +1,7 @@
 """The five ops of an adaLN-modulated attention block, in plain PyTorch: their specification.
 
-Statistics, modulation and rotation are computed in float32; results have the dtype of x (of q).
+Statistics, modulation and rotation are computed in float32, in float64 for float64 inputs; results
+have the dtype of x (of q).
 Shift, scale, gate always come in this order and may have any row stride.
 
 Letters: B batch, L tokens, M context tokens, D width, N heads, K head size, R = K / 2 rotary pairs.
@@ -15,9 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _modulated_norm(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float) -> Tensor:
-    normed = F.layer_norm(x_BLD.float(), x_BLD.shape[-1:], eps=eps)
-    return (normed * (1 + scale_BD.float()[:, None]) + shift_BD.float()[:, None]).to(x_BLD.dtype)
+    normed = F.layer_norm(_wide(x_BLD), x_BLD.shape[-1:], eps=eps)
+    shift_B1D, scale_B1D = _wide(shift_BD)[:, None], _wide(scale_BD)[:, None]
+    return torch.addcmul(shift_B1D, normed, 1 + scale_B1D).to(x_BLD.dtype)
 
 
 @overload
@@ -50,7 +56,7 @@ def adaln_modulate(
     """
     if position_LD is None:
         return _modulated_norm(x_BLD, shift_BD, scale_BD, eps)
-    x_BLD = (x_BLD.float() + position_LD.float()).to(x_BLD.dtype)
+    x_BLD = (_wide(x_BLD) + _wide(position_LD)).to(x_BLD.dtype)
     return x_BLD, _modulated_norm(x_BLD, shift_BD, scale_BD, eps)
 
 
@@ -87,9 +93,9 @@ def gated_residual(
     Returns:
         The residual stream [B, L, D].
     """
-    total = x_BLD.float() + gate_BD.float()[:, None] * y_BLD.float()
+    total = torch.addcmul(_wide(x_BLD), _wide(gate_BD)[:, None], _wide(y_BLD))
     if addend_BLD is not None:
-        total = total + addend_BLD.float()
+        total = total + _wide(addend_BLD)
     return total.to(x_BLD.dtype)
 
 
@@ -124,12 +130,15 @@ def qk_norm_rope(
 
 
 def _norm_rope(x_BLNK: Tensor, weight_K: Tensor, rope_2LR: Tensor | None, eps: float) -> Tensor:
-    normed = F.rms_norm(x_BLNK.float(), x_BLNK.shape[-1:], weight_K.float(), eps)
+    normed = F.rms_norm(_wide(x_BLNK), x_BLNK.shape[-1:], _wide(weight_K), eps)
     if rope_2LR is None:
         return normed.to(x_BLNK.dtype)
     cos_LR, sin_LR = rope_2LR[:, :, None]  # one head axis, broadcast over N
     first, second = normed.chunk(2, dim=-1)
-    rotated = (first * cos_LR - second * sin_LR, second * cos_LR + first * sin_LR)
+    rotated = (
+        torch.addcmul(first * cos_LR, second, sin_LR, value=-1),
+        torch.addcmul(second * cos_LR, first, sin_LR),
+    )
     return torch.cat(rotated, dim=-1).to(x_BLNK.dtype)
 
 

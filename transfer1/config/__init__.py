@@ -1,6 +1,7 @@
 """Configuration: lazily described objects, the schema of a run, and its composition."""
 
 from .compose import check_trainable, compose, compose_config, to_yaml
+from .consistency import check_consistency, check_values
 from .errors import ConfigError
 from .lazy import PLACEHOLDER, LazyCall, LazyDict, instantiate
 from .schema import (
@@ -28,7 +29,9 @@ __all__ = [
     "ModelConfig",
     "ModelParallelConfig",
     "TrainerConfig",
+    "check_consistency",
     "check_trainable",
+    "check_values",
     "compose",
     "compose_config",
     "instantiate",

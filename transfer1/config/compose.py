@@ -12,6 +12,7 @@ from typing import cast
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
+from loguru import logger
 from omegaconf import DictConfig, OmegaConf
 
 from .errors import ConfigError
@@ -19,6 +20,8 @@ from .messages import explain, group_options, key_of, lazy_argument
 from .schema import Config
 from .validate import validate
 
+ROOT = Path("configs/config_train.py")
+ORIGINAL_ROOT = "cosmos_transfer1/diffusion/config/config_train.py"  # where the original keeps it
 ROOT_NAME = "transfer1_run"  # of the root node in the ConfigStore
 
 
@@ -26,7 +29,8 @@ def compose(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Compose the configuration of one run.
 
     Args:
-        path: a Python file with `make_config() -> Config` that registers the groups.
+        path: a Python file with `make_config() -> Config` that registers the groups. The path of
+            the original's file stands for ours, which has the same groups and experiments.
         overrides: Hydra overrides, as on the command line.
 
     Returns:
@@ -100,6 +104,9 @@ def to_yaml(config: Config) -> str:
 
 
 def _load(path: Path) -> ModuleType:
+    if not path.exists() and path.as_posix().endswith(ORIGINAL_ROOT):
+        logger.info(f"--config={path} is the original's file; reading {ROOT} in its place")
+        path = ROOT
     if path.suffix != ".py" or not path.is_file():
         there = sorted(str(file) for file in Path("configs").glob("config_*.py"))
         hint = f"; there is {', '.join(there)}" if there else ""

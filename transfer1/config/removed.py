@@ -38,3 +38,11 @@ REMOVED_KEYS: dict[str, str] = {
     "checkpoint.jit": "none: models are not exported by the training loop",
     "checkpoint.broadcast_via_filesystem": "none: every rank reads the file itself",
 }
+
+MULTI_VIEW = "multi_view"
+
+# Targets of options that are known by name only -> why they are refused.
+REMOVED_TARGETS: dict[str, str] = {
+    MULTI_VIEW: "multi-view models (several cameras at once, sv2mv) are not built here; choose a "
+    "single-view option of the group, or an experiment without sv2mv in its name",
+}

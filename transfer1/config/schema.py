@@ -143,6 +143,8 @@ class TrainerConfig:
     memory_format: str = "torch.preserve_format"
     non_finite: str = "skip"  # what a non-finite gradient does: skip the update, or zero it
     max_skipped: int = 100  # abort after this many skipped updates in a row
+    nvtx: bool = False  # mark what the run does for Nsight Systems; needs the package nvtx
+    profile: list[int] = attrs.field(factory=list)  # updates, from 1, to trace into <job>/profile
 
 
 @attrs.define(slots=False)

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from .annotations import convert, is_configurable
 from .errors import ConfigError
+from .removed import REMOVED_TARGETS
 from .schema import NODE
 from .targets import ARGS, PARTIAL, TARGET, full_key, locate, parameters, unknown_argument
 
@@ -58,6 +59,8 @@ def _validate_fields(node: DictConfig) -> None:
 def _validate_call(node: DictConfig) -> None:
     key = full_key(node)
     path = node[TARGET]
+    if path in REMOVED_TARGETS:
+        raise ConfigError(f"{key}: {REMOVED_TARGETS[path]}")
     known = parameters(locate(path, key))
     if known is None:
         return

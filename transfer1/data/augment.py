@@ -85,3 +85,30 @@ class View:
         left = round(self.left * (frames_THW3.shape[2] - width))
         cropped = frames_THW3[:, top : top + height, left : left + width]
         return np.ascontiguousarray(cropped[:, :, ::-1] if self.flip else cropped)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of a frame.
+
+    Attributes:
+        top, left, height, width: the part, in pixels.
+        frame: height and width of the frame it was chosen in.
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+    frame: tuple[int, int]
+
+    def __call__(self, frames_THW3: np.ndarray) -> np.ndarray:
+        """Return the part, contiguous; frames of another size are cut at the same places."""
+        rows, columns = (
+            slice(round(first * scale), max(round((first + length) * scale), 1))
+            for first, length, scale in (
+                (self.top, self.height, frames_THW3.shape[1] / self.frame[0]),
+                (self.left, self.width, frames_THW3.shape[2] / self.frame[1]),
+            )
+        )
+        return np.ascontiguousarray(frames_THW3[:, rows, columns])

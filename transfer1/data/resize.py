@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -64,11 +65,21 @@ def fit_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
     return int(scale * size[0] + 0.5), int(scale * size[1] + 0.5)
 
 
-def resize(clip_CTHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resize a uint8 clip to `size` = (height, width), bicubic with antialiasing, rounded."""
-    frames_TCHW = clip_CTHW.transpose(0, 1).float()
-    resized = F.interpolate(frames_TCHW, size=size, mode="bicubic", antialias=True)
-    return resized.round_().clamp_(0, 255).to(torch.uint8).transpose(0, 1)
+def resize(clip_CTHW: torch.Tensor, size: tuple[int, int], mode: str = "bicubic") -> torch.Tensor:
+    """Resize a uint8 clip to `size` = (height, width) with antialiasing, rounded.
+
+    Args:
+        mode: bicubic or bilinear.
+    """
+    if tuple(clip_CTHW.shape[-2:]) == tuple(size):
+        return clip_CTHW
+    channels, frames = clip_CTHW.shape[:2]
+    out_TCHW = torch.empty((frames, channels, *size), dtype=torch.uint8)
+    # Frame by frame: in floating point, a whole clip would leave the caches.
+    for out_CHW, frame_CHW in zip(out_TCHW, clip_CTHW.unbind(1), strict=True):
+        resized = F.interpolate(frame_CHW[None].float(), size=size, mode=mode, antialias=True)
+        out_CHW.copy_(resized[0].round_().clamp_(0, 255))
+    return out_TCHW.transpose(0, 1)
 
 
 def pad(clip_CTHW: torch.Tensor, target: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,9 +95,8 @@ def pad(clip_CTHW: torch.Tensor, target: tuple[int, int]) -> tuple[torch.Tensor,
     top, left = (target[0] - height) // 2, (target[1] - width) // 2
     bottom, right = target[0] - height - top, target[1] - width - left
     mirrored = max(top, bottom) < height and max(left, right) < width
-    padded = F.pad(
-        clip_CTHW.float(), (left, right, top, bottom), mode="reflect" if mirrored else "replicate"
-    )
+    around = ((0, 0), (0, 0), (top, bottom), (left, right))
+    padded = np.pad(clip_CTHW.numpy(), around, mode="reflect" if mirrored else "edge")
     mask = torch.ones(1, *target)
     mask[:, top : top + height, left : left + width] = 0
-    return padded.to(torch.uint8), mask
+    return torch.from_numpy(padded), mask

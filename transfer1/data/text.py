@@ -6,6 +6,7 @@ Shapes: n tokens in the file, M tokens after padding, C channels.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +15,14 @@ from transfer1.data.pickles import load_pickle
 
 T5_TOKENS = 512
 T5_CHANNELS = 1024
+NESTED = ("pickle", "ground_truth", "embeddings", "t5_xxl")  # keys in the files of driving data
 
 
 def read_text_embedding(path: str | Path, channels: int = T5_CHANNELS) -> torch.Tensor:
-    """Return the embedding stored in a T5 pickle (a list with one array [n, C]), float32 [n, C].
+    """Return the embedding stored in a T5 pickle, float32 [n, C].
+
+    The pickle holds a list with one array [n, C]; in driving data, that list or the array itself
+    may lie inside the dicts of `NESTED`.
 
     Raises:
         ValueError: the file is missing, broken, or holds anything else. Names the file.
@@ -29,18 +34,35 @@ def read_text_embedding(path: str | Path, channels: int = T5_CHANNELS) -> torch.
         )
     content = load_pickle(path)
     expected = f"expected a list with one float array of shape [n, {channels}], n >= 1"
-    if not isinstance(content, list) or len(content) != 1:
-        size = f" of {len(content)}" if isinstance(content, list) else ""
-        raise ValueError(
-            f"{path}: holds a {type(content).__name__}{size}; {expected}: embed the text again"
-        )
-    array = content[0]
+    nested = isinstance(content, dict)
+    if nested:
+        content = _nested(content, path, expected)
+    if not (nested and isinstance(content, np.ndarray)):
+        if not isinstance(content, list) or len(content) != 1:
+            size = f" of {len(content)}" if isinstance(content, list) else ""
+            raise ValueError(
+                f"{path}: holds a {type(content).__name__}{size}; {expected}: embed the text again"
+            )
+        content = content[0]
+    array = content
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
         kind = getattr(array, "dtype", type(array).__name__)
         raise ValueError(f"{path}: the list holds {kind}; {expected}: embed the text again")
     if array.ndim != 2 or array.shape[0] < 1 or array.shape[1] != channels:
         raise ValueError(f"{path}: has shape {list(array.shape)}; {expected}: embed the text again")
     return torch.from_numpy(array.astype(np.float32))
+
+
+def _nested(content: Any, path: str | Path, expected: str) -> Any:
+    for depth, key in enumerate(NESTED):
+        if not isinstance(content, dict) or key not in content:
+            keys = f"the keys {sorted(map(str, content))}" if isinstance(content, dict) else "none"
+            raise ValueError(
+                f"{path}: holds a dict without {'/'.join(NESTED[: depth + 1])} (there: {keys}); "
+                f"{expected}, or that at {'/'.join(NESTED)}: embed the text again"
+            )
+        content = content[key]
+    return content
 
 
 def pad_text(

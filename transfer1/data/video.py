@@ -37,6 +37,10 @@ class _Index:
 class Video:
     """One video file: its header, read at construction, and its frames, read on demand.
 
+    Args:
+        path: the file.
+        keep_frames: decode the whole file at the first reading and keep it in memory.
+
     Attributes:
         path: the file.
         num_frames: frames in the file (counted by decoding when the header does not say).
@@ -47,8 +51,9 @@ class Video:
         ValueError: the file is missing, empty, not a video, or has no frame. Names the file.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, keep_frames: bool = False) -> None:
         self.path = Path(path)
+        self.keep_frames = keep_frames
         if not self.path.is_file():
             raise ValueError(f"{self.path}: no such video file")
         if self.path.stat().st_size == 0:
@@ -86,6 +91,19 @@ class Video:
                 f"{self.path}: frames {wanted} are asked for; give ascending indices in "
                 f"0..{self.num_frames - 1}"
             )
+        if self.keep_frames:
+            return self._all_frames[wanted]
+        return self._decode_wanted(wanted)
+
+    def probe(self) -> None:
+        """Raise ValueError unless the first frame can be decoded."""
+        self._decode_wanted([0])
+
+    @cached_property
+    def _all_frames(self) -> np.ndarray:
+        return self._decode_wanted(list(range(self.num_frames)))
+
+    def _decode_wanted(self, wanted: Sequence[int]) -> np.ndarray:
         found = self._read_seeking(wanted) if self._seekable else {}
         found = found or self._read_from_start(wanted)
         missing = [i for i in wanted if i not in found]

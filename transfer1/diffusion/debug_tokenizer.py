@@ -6,6 +6,8 @@ latent frames, rows and columns.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -30,7 +32,6 @@ class DummyJointImageVideoTokenizer(VideoTokenizer):
         temporal_compression_factor: int = 8,
         spatial_resolution: str = "720",
     ) -> None:
-        self.title = f"{name} ({spatial_resolution})"
         self.pixel_ch = pixel_ch
         self.latent_ch = latent_ch
         self.pixel_chunk_duration = pixel_chunk_duration
@@ -59,21 +60,24 @@ class DummyJointImageVideoTokenizer(VideoTokenizer):
         small_BHWFC = trilinear(latent_BHWTK, (width, pixel_frames, self.pixel_ch))
         return trilinear(small_BHWFC.permute(0, 4, 3, 1, 2), (pixel_frames, *size))
 
-    def get_latent_num_frames(self, num_pixel_frames: int) -> int:
-        return self._scale(num_pixel_frames, self.pixel_chunk_duration, self.latent_chunk_duration)
+    @classmethod
+    def count_latent_frames(cls, options: Any, num_pixel_frames: int) -> int:
+        chunk, becomes = options.pixel_chunk_duration, options.latent_chunk_duration
+        return scale_frames(num_pixel_frames, chunk, becomes)
 
     def get_pixel_num_frames(self, num_latent_frames: int) -> int:
-        return self._scale(num_latent_frames, self.latent_chunk_duration, self.pixel_chunk_duration)
+        return scale_frames(
+            num_latent_frames, self.latent_chunk_duration, self.pixel_chunk_duration
+        )
 
-    def _scale(self, frames: int, per_chunk: int, becomes: int) -> int:
-        """Frames of whole chunks on the other side; a single frame stays one."""
-        if frames == 1:
-            return 1
-        if frames < 1 or frames % per_chunk:
-            raise ValueError(
-                f"tokenizer {self.title}: {frames} frames; give 1 or a multiple of {per_chunk}"
-            )
-        return frames // per_chunk * becomes
+
+def scale_frames(frames: int, per_chunk: int, becomes: int) -> int:
+    """Frames of whole chunks on the other side; a single frame stays one."""
+    if frames == 1:
+        return 1
+    if frames < 1 or frames % per_chunk:
+        raise ValueError(f"tokenizer: {frames} frames; give 1 or a multiple of {per_chunk}")
+    return frames // per_chunk * becomes
 
 
 def trilinear(x_BCTHW: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:

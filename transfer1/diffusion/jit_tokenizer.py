@@ -7,6 +7,7 @@ and columns; n chunks of P frames (latents of Q frames).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -88,21 +89,17 @@ class JITVideoTokenizer(VideoTokenizer):
         video = self._run(self._decoder, chunks.to(self.dtype), self.max_dec_batch_size)
         return join_frames(video, latent_BKTHW.shape[0]).to(latent_BKTHW.dtype)
 
-    def get_latent_num_frames(self, num_pixel_frames: int) -> int:
-        chunks = self._whole_chunks(num_pixel_frames, self.pixel_chunk_duration, "a video")
-        return chunks * self.latent_chunk_duration
+    @classmethod
+    def count_latent_frames(cls, options: Any, num_pixel_frames: int) -> int:
+        duration = options.pixel_chunk_duration
+        chunks = whole_chunks(num_pixel_frames, duration, "a video", duration)
+        return chunks * ((duration - 1) // options.temporal_compression_factor + 1)
 
     def get_pixel_num_frames(self, num_latent_frames: int) -> int:
-        chunks = self._whole_chunks(num_latent_frames, self.latent_chunk_duration, "a latent")
-        return chunks * self.pixel_chunk_duration
-
-    def _whole_chunks(self, frames: int, duration: int, what: str) -> int:
-        if frames < 1 or frames % duration:
-            raise ValueError(
-                f"tokenizer {self.title}: {what} of {frames} frames; give a multiple of {duration} "
-                f"(tokenizer.pixel_chunk_duration={self.pixel_chunk_duration})"
-            )
-        return frames // duration
+        duration = self.pixel_chunk_duration
+        return duration * whole_chunks(
+            num_latent_frames, self.latent_chunk_duration, "a latent", duration
+        )
 
     @staticmethod
     def _run(network: torch.nn.Module, chunks: torch.Tensor, batch_size: int) -> torch.Tensor:
@@ -146,6 +143,16 @@ class JITVideoTokenizer(VideoTokenizer):
                 f"tokenizer.{option}={path}: no such file. Download encoder.jit, decoder.jit and "
                 f"mean_std.pt of {self.title}, or choose the built-in tokenizer=vae1"
             )
+
+
+def whole_chunks(frames: int, duration: int, what: str, pixel_chunk_duration: int) -> int:
+    """Return how many chunks of `duration` frames there are; ValueError unless they are whole."""
+    if frames < 1 or frames % duration:
+        raise ValueError(
+            f"tokenizer: {what} of {frames} frames; give a multiple of {duration} "
+            f"(tokenizer.pixel_chunk_duration={pixel_chunk_duration})"
+        )
+    return frames // duration
 
 
 def split_frames(clip_BCTHW: torch.Tensor, duration: int) -> torch.Tensor:

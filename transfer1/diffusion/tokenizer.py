@@ -54,13 +54,22 @@ class VideoTokenizer(ABC):
     def decode(self, latent_BKTHW: torch.Tensor) -> torch.Tensor:
         """Return the video [B, 3, F, Y, X] of a latent [B, K, T, H, W]."""
 
+    @classmethod
     @abstractmethod
-    def get_latent_num_frames(self, num_pixel_frames: int) -> int:
-        """Return T for F; ValueError if a video of F frames cannot be encoded."""
+    def count_latent_frames(cls, options: Any, num_pixel_frames: int) -> int:
+        """Return T for F; ValueError if a video of F frames cannot be encoded.
+
+        Args:
+            options: a tokenizer, or its node in a configuration: what holds the attributes.
+        """
 
     @abstractmethod
     def get_pixel_num_frames(self, num_latent_frames: int) -> int:
         """Return F for T; ValueError if a latent of T frames cannot be decoded."""
+
+    def get_latent_num_frames(self, num_pixel_frames: int) -> int:
+        """Return T for F; ValueError if a video of F frames cannot be encoded."""
+        return self.count_latent_frames(self, num_pixel_frames)
 
     def check_video(self, video_BCFYX: torch.Tensor) -> None:
         """Raise ValueError unless the video is [B, 3, F, Y, X] with a size this tokenizer takes."""
@@ -142,12 +151,13 @@ class DCTVideoTokenizer(VideoTokenizer):
             parts.append(self._group.decode(latent[:, :, 1:]))
         return torch.cat(parts, dim=2).to(latent_BKTHW.dtype)
 
-    def get_latent_num_frames(self, num_pixel_frames: int) -> int:
-        groups, rest = divmod(num_pixel_frames - 1, self.temporal_compression_factor)
+    @classmethod
+    def count_latent_frames(cls, options: Any, num_pixel_frames: int) -> int:
+        groups, rest = divmod(num_pixel_frames - 1, options.temporal_compression_factor)
         if num_pixel_frames < 1 or rest:
             raise ValueError(
                 f"tokenizer: a video of {num_pixel_frames} frames; give 1 + a multiple of "
-                f"{self.temporal_compression_factor} frames (num_frames of the dataset)"
+                f"{options.temporal_compression_factor} frames (num_frames of the dataset)"
             )
         return 1 + groups
 

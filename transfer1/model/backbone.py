@@ -28,7 +28,7 @@ class Embedded(NamedTuple):
     """The inputs of the transformer blocks."""
 
     tokens: Tensor  # [B, L, D]
-    emb: Tensor  # conditioning vector [B, D]
+    emb: Tensor  # activated conditioning vector [B, D]
     context: Tensor  # text [B, M, C]
     rope: Tensor | None  # rotary table of self-attention [2, L, R]
     adaln_lora: Tensor | None  # modulation shared by all sublayers [B, 3D]
@@ -260,7 +260,7 @@ class Backbone(nn.Module):
             emb_BD = emb_BD + self._additional_embedding(condition, emb_BD)
         if self.augment_sigma_embedder is not None:
             emb_BD = emb_BD + self._augment_sigma_embedding(condition, noise_level_B, x_BLD)
-        emb_BD = self.affline_norm(emb_BD)
+        emb_BD = F.silu(self.affline_norm(emb_BD))
         context_BMC = self._context(condition, x_BLD)
         return Embedded(
             x_BLD, emb_BD, context_BMC, rope_2LR, adaln_lora_B3D, position_LD, token_position, grid

@@ -160,7 +160,7 @@ class TransformerBlock(nn.Module):
 
         Args:
             x_BLD: tokens.
-            emb_BD: conditioning vector.
+            emb_BD: activated conditioning vector.
             context_BMC: text.
             rope_2LR: rotary table of self-attention.
             adaln_lora_B3D: modulation shared by all sublayers of the network.

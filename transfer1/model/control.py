@@ -19,7 +19,8 @@ from transfer1.diffusion.condition import Condition
 from .backbone import Backbone
 from .layers import Grid
 
-# How strongly hints act: one number for all, or one number or map [B or 1, 1, ...] for each hint.
+# How strongly hints act: one number for all, or for each hint one number, one number per sample
+# [B], or one map [B or 1, 1, ...].
 Weights = float | Tensor | Sequence[float | Tensor] | None
 
 HINT_WIDTHS = (16, 16, 32, 32, 96, 96, 256)  # hidden widths of input_hint_block
@@ -169,8 +170,9 @@ class ControlEncoder(Backbone):
             hints: encoded hints [B, C, T, H, W], C up to hint_channels.
             weights: how strongly each hint acts. A number or 0-d tensor serves all hints; a 1-d
                 tensor or a sequence has one entry per hint; a tensor of more dimensions one map per
-                hint. A map is [B or 1, 1, frames, rows, columns] at the resolution of the tokens,
-                of the latent or of the pixels. None means 1.
+                hint. In a sequence, a 1-d tensor holds one number per sample. A map is
+                [B or 1, 1, frames, rows, columns] at the resolution of the tokens, of the latent or
+                of the pixels. None means 1.
             keep_B: 0 for samples that get no control, else 1; None keeps all.
 
         Returns:
@@ -241,10 +243,10 @@ def weights_per_hint(weights: Weights, num_hints: int) -> list[float | Tensor]:
 
 
 def normalize_weights(weights: Sequence[float | Tensor]) -> list[float | Tensor]:
-    """Share the control out when several hints ask for more than 1 together, as inference does.
+    """Share the control out when several hints ask for more than 1 together.
 
-    Numbers are divided by max(1, their sum). With maps among them, negative weights become 0 and
-    the division is done at every voxel; a number stands for a constant map.
+    Numbers are divided by max(1, their sum). With maps or numbers per sample among them, negative
+    weights become 0 and the division is done at every voxel or sample; a number stands for all.
 
     Raises:
         ValueError: maps of different resolutions.
@@ -271,6 +273,8 @@ def _strength(weight: float | Tensor, x_BCTHW: Tensor, grid: Grid) -> float | Te
     """The factor of a residual [B, L, D]: a number, or one per token [B or 1, L, 1]."""
     if not isinstance(weight, Tensor) or weight.ndim == 0:
         return weight
+    if weight.ndim == 1:
+        return weight.to(x_BCTHW)[:, None, None]
     weight_B1thw = resize_weight_map(weight.to(x_BCTHW), Grid(*x_BCTHW.shape[2:]), grid)
     if weight_B1thw.shape[0] not in (1, len(x_BCTHW)):
         raise ValueError(

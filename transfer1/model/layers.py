@@ -76,11 +76,14 @@ def time_embedder(width: int, use_adaln_lora: bool) -> nn.Sequential:
 
 
 def modulation_layers(width: int, outputs: int, lora_dim: int | None) -> nn.Sequential:
-    """SiLU and a bias-free linear layer of the conditioning vector, low-rank with `lora_dim`."""
+    """A bias-free linear layer of the activated conditioning vector, low-rank with `lora_dim`.
+
+    Released checkpoints number the SiLU as layer 0. A network computes it once, for all sublayers.
+    """
     if lora_dim is None:
-        return nn.Sequential(nn.SiLU(), nn.Linear(width, outputs, bias=False))
+        return nn.Sequential(nn.Identity(), nn.Linear(width, outputs, bias=False))
     return nn.Sequential(
-        nn.SiLU(),
+        nn.Identity(),
         nn.Linear(width, lora_dim, bias=False),
         nn.Linear(lora_dim, outputs, bias=False),
     )

@@ -74,8 +74,8 @@ class Transfer(nn.Module):
     ) -> Tensor:
         """Run the base network with the residuals of the control branch.
 
-        Outside training, weights of several hints that ask for more than 1 together are scaled
-        down (`normalize_weights`).
+        Weights of several hints that ask for more than 1 together are scaled down
+        (`normalize_weights`), in training as well as outside: the branch learns what it will see.
 
         Args:
             x_BCTHW: noisy latent, scaled by c_in.
@@ -93,7 +93,7 @@ class Transfer(nn.Module):
             if self.net is None:
                 raise ValueError("hints came in, but there is no control branch: set net_ctrl=NAME")
             weights = weights_per_hint(weights, len(hints))
-            if not self.training and len(hints) > 1:
+            if len(hints) > 1:
                 weights = normalize_weights(weights)
             residuals = self.net(x_BCTHW, noise_level_B, condition, hints, weights, keep_B)
         return self.base(x_BCTHW, noise_level_B, condition, residuals)

@@ -42,21 +42,6 @@ def choose_dtype(precision: str) -> torch.dtype:
     return PRECISIONS[precision]
 
 
-def check_counts(config: Config) -> None:
-    """Raise ConfigError where a count that the loop divides by or runs to is not positive."""
-    trainer = config.trainer
-    counts = {
-        "trainer.max_iter": trainer.max_iter,
-        "trainer.grad_accum_iter": trainer.grad_accum_iter,
-        "trainer.validation_iter": trainer.validation_iter,
-        "trainer.max_skipped": trainer.max_skipped,
-        "checkpoint.save_iter": config.checkpoint.save_iter,
-    }
-    for name, count in counts.items():
-        if count < 1:
-            raise ConfigError(f"{name}={count}: give 1 or more")
-
-
 def refuse_parallelism(config: Config) -> None:
     """Raise ConfigError where a run is meant for several processes: this trainer uses one."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))

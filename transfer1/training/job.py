@@ -34,6 +34,7 @@ class JobFolder:
         self.config = self.path / "config.yaml"
         self.log = self.path / "stdout.log"
         self.metrics = self.path / "metrics.jsonl"
+        self.profile = self.path / "profile"
         self._seed = self.path / "seed.txt"
         self._summary = self.path / "summary.json"
 

@@ -9,7 +9,7 @@ channels of a hint. A latent is [B, C, t, h, w]; pixels are [B, 3, F, H, W].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from transfer1.config import instantiate
 from transfer1.diffusion.condition import Condition, Conditioner, DataType
+from transfer1.diffusion.corruption import PixelCorruptor
 from transfer1.diffusion.denoise import Denoised, denoise
 from transfer1.diffusion.draws import Draws
 from transfer1.diffusion.edm import EDMScaling, NoiseDistribution, add_noise, draw_noise
@@ -37,7 +38,7 @@ class HintOptions:
     grayscale: bool = False
     hint_dropout_rate: float = 0.0  # chance of each condition to be blacked out, where K > 1
     hint_mask: Sequence[bool] = (True,)  # which conditions are used outside training
-    pixel_corruptor: Callable[[Tensor], Tensor] | None = None  # applied to the hint in training
+    pixel_corruptor: PixelCorruptor | None = None  # applied to the hint in training
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,16 @@ def compute_loss(
     condition = conditioner(batch, draws, data_type)
     is_video = data_type is DataType.VIDEO
     frames = conditioner.frames if is_video else None
-    if frames is not None:
-        if options.latent_frames and frames.sample_tokens_start_from_p_or_i:
-            latent = crop_latent(latent, options.latent_frames, draws)
-        condition = condition_on_frames(condition, latent, frames, draws)
     hints, weights = read_hints(
         batch, pixels, tokenizer, options, draws if model.training else None
     )
+    if frames is not None:
+        if options.latent_frames and frames.sample_tokens_start_from_p_or_i:
+            # The draw has a key, so that clip and hints get the same window.
+            latent, *hints = (
+                crop_latent(whole, options.latent_frames, draws) for whole in (latent, *hints)
+            )
+        condition = condition_on_frames(condition, latent, frames, draws)
 
     stretch = is_video and options.adjust_video_noise
     multiplier = math.sqrt(latent.shape[2]) if stretch else 1.0
@@ -220,7 +224,8 @@ def read_hints(
     """Return the hint latents of a batch and a weight for each, from `control_weight` if present.
 
     A single hint holds all conditions. Several weights make one hint per condition, in which the
-    others are black, so that the network can weigh them one by one.
+    others are black, so that the network can weigh them one by one; in training, conditions that
+    are dropped are left out.
     """
     if options.hint is None:
         return [], None
@@ -235,17 +240,52 @@ def read_hints(
             f"batch[{key!r}] has shape {tuple(hint.shape)}; expected a multiple of {RGB} channels "
             f"and frames, height, width {tuple(pixels.shape[2:])} as the clip has"
         )
-    weight = torch.as_tensor(batch.get("control_weight", 1.0))
-    if weight.numel() == 1 or weight.ndim == 0:
-        return [encode_hint(hint, tokenizer, options, draws)], [weight.reshape(())]
+    if draws is not None and options.hint.pixel_corruptor is not None:
+        hint = options.hint.pixel_corruptor(hint, draws)
     conditions = hint.shape[1] // RGB
-    if len(weight) != conditions:
-        raise ValueError(
-            f"control_weight holds {len(weight)} weights for {conditions} conditions in {key!r}"
-        )
+    weights = read_weights(batch, conditions, key)
+    if len(weights) == 1:
+        return [encode_hint(hint, tokenizer, options, draws)], weights
+    used = [True] * conditions
+    if draws is not None and options.hint.hint_dropout_rate > 0:
+        used = draw_hint_mask(conditions, options.hint.hint_dropout_rate, draws)
+    chosen = [index for index in range(conditions) if used[index]]
     only = torch.eye(conditions, dtype=torch.bool).tolist()
-    hints = [encode_hint(hint, tokenizer, options, mask=mask) for mask in only]
-    return hints, list(weight)
+    hints = [encode_hint(hint, tokenizer, options, mask=only[index]) for index in chosen]
+    return hints, [weights[index] for index in chosen]
+
+
+def read_weights(batch: Mapping[str, Any], conditions: int, key: str) -> list[Tensor]:
+    """Return `control_weight` of a batch: one weight for all conditions, or one for each.
+
+    Each is a number [], a number per sample [B], or a map over space and time. `control_weight` is
+    a number, a map, a list of such weights, a tensor [K] of numbers, [B, K] of numbers per sample
+    (what a loader makes of [K] in its samples), or [K, B or 1, 1, frames, rows, columns] of maps.
+
+    Raises:
+        ValueError: any other shape, or not as many weights as conditions.
+    """
+    given = batch.get("control_weight", 1.0)
+    if isinstance(given, Sequence):
+        weights = [torch.as_tensor(weight) for weight in given]
+    else:
+        weight = torch.as_tensor(given)
+        if weight.ndim == 2:
+            weight = weight.T
+        weights = list(weight) if weight.ndim in (1, 2, 6) else [weight]
+    samples = len(batch[key])
+    for weight in weights:
+        if weight.ndim not in (0, 1, 5) or (weight.ndim == 1 and len(weight) != samples):
+            raise ValueError(
+                f"control_weight holds a weight of shape {tuple(weight.shape)} for a batch of "
+                f"{samples}; give a number, [batch] numbers, or a map [batch or 1, 1, frames, "
+                f"rows, columns] for each of {conditions} conditions"
+            )
+    if len(weights) not in (1, conditions):
+        raise ValueError(
+            f"control_weight holds {len(weights)} weights for {conditions} conditions in {key!r}"
+        )
+    return weights
 
 
 def encode_hint(
@@ -265,8 +305,6 @@ def encode_hint(
     """
     assert options.hint is not None
     given = options.hint
-    if draws is not None and given.pixel_corruptor is not None:
-        hint = given.pixel_corruptor(hint)
     groups = list(hint.split(RGB, dim=1))
     if given.grayscale:
         groups = [group.mean(dim=1, keepdim=True).expand_as(group) for group in groups]

@@ -15,13 +15,12 @@ import torch
 from loguru import logger
 
 from kernels import Ops
-from transfer1.config import Config, ConfigError, instantiate, to_yaml
+from transfer1.config import Config, ConfigError, check_values, instantiate, to_yaml
 from transfer1.diffusion.draws import Draws
 from transfer1.model.transfer import Transfer
 
 from .callback import Batch, CallBackGroup, build_callbacks, implements
 from .device import (
-    check_counts,
     choose_device,
     choose_dtype,
     refuse_parallelism,
@@ -32,6 +31,7 @@ from .gradients import Gradients, SkipCounter
 from .interrupt import Interrupt
 from .job import JobFolder
 from .metrics import Metrics
+from .profiling import profiling_callbacks
 from .schedule import Schedule
 from .state import TrainState
 from .step import Loss, StepOptions, compute_loss
@@ -64,7 +64,7 @@ class Trainer:
     dataloader_val: Any
 
     def __init__(self, config: Config):
-        check_counts(config)
+        check_values(config)
         refuse_parallelism(config)
         if config.checkpoint.type is None:
             raise ConfigError("checkpoint.type is not set: choose ckpt_klass=multi_rank")
@@ -75,7 +75,8 @@ class Trainer:
         self.max_iter = config.trainer.max_iter
         self.metrics = Metrics(self.job.metrics, config.trainer.logging_iter)
         callbacks = build_callbacks(config.trainer.callbacks)
-        self.callbacks = CallBackGroup([*callbacks, self.metrics], self)
+        callbacks += [self.metrics, *profiling_callbacks(config, self.job.profile)]
+        self.callbacks = CallBackGroup(callbacks, self)
         self.checkpointer = instantiate(
             config.checkpoint.type,
             config=config.checkpoint,
