@@ -48,7 +48,7 @@ class Configs:
 _POINTERS = {
     32: Configs(Config(128, 64, 4, 3), Config(64, 64, 4, 2), Config(128, 32, 4, 2)),
     64: Configs(Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(128, 32, 8, 2)),
-    128: Configs(Config(128, 32, 8, 4), Config(64, 64, 8, 2), Config(128, 32, 8, 2)),
+    128: Configs(Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(128, 32, 8, 2)),
     256: Configs(Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(64, 32, 8, 1)),
 }
 _HOPPER = {
