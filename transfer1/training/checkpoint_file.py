@@ -27,6 +27,8 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from transfer1.config import ConfigError
 from transfer1.interop import keys
 
+from .shards import gather, is_sharded
+
 # What files of the original hold besides tensors and plain values: a list of its configuration
 # (the betas in the optimizer's group) drags these containers along. Building them runs no code.
 REFERENCE_TYPES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
@@ -60,12 +62,24 @@ def save_atomically(content: Any, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def snapshot(value: Any) -> Any:
-    """Copy nested dicts and lists with their tensors to the host; shared tensors stay shared."""
+def snapshot(value: Any, keep: bool = True) -> Any:
+    """Copy nested dicts and lists with their tensors to the host; shared tensors stay shared.
+
+    Sharded tensors become whole ones, for which all processes call this together.
+
+    Args:
+        value: what to copy.
+        keep: False on processes that only help to gather; tensors are None then.
+    """
     copies: dict[tuple[Any, ...], Tensor] = {}
 
     def copy(item: Any) -> Any:
+        if is_sharded(item):
+            whole = gather(item)
+            return whole.cpu() if keep else None
         if isinstance(item, Tensor):
+            if not keep:
+                return None
             key = (item.data_ptr(), item.dtype, item.shape, item.stride())
             if key not in copies:
                 detached = item.detach()

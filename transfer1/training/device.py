@@ -43,13 +43,7 @@ def choose_dtype(precision: str) -> torch.dtype:
 
 
 def refuse_parallelism(config: Config) -> None:
-    """Raise ConfigError where a run is meant for several processes: this trainer uses one."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        raise ConfigError(
-            f"WORLD_SIZE={processes}: training with several processes is not built yet; start one "
-            "process with `python train.py ...`"
-        )
+    """Raise ConfigError where a run splits the model in a way that this trainer does not."""
     parallel = config.model_parallel
     wanted = [
         f"model_parallel.{name}={size}"

@@ -3,8 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeGuard
 
 from torch import Tensor
+
+
+def is_sharded(value: object) -> TypeGuard[Tensor]:
+    """Whether this is a tensor of which every process has a part (DTensor)."""
+    return hasattr(value, "to_local")
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, in all processes; they call this together."""
+    return tensor.detach().full_tensor()  # type: ignore[attr-defined]
+
+
+def shard_like(whole: Tensor, target: Tensor) -> Tensor:
+    """The whole tensor laid out as `target` is; nothing is exchanged, each process cuts its part.
+
+    `target` may be no sharded tensor at all: then `whole` stays as it is.
+    """
+    if not is_sharded(target) or is_sharded(whole):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -1,0 +1,101 @@
+"""Runs of every parallel layout for one number of processes; started by torchrun.
+
+`torchrun --nproc_per_node=N tests/parallel_runs.py FOLDER NAME...` trains each named layout into
+FOLDER/NAME. What a process saw goes to FOLDER/NAME/rank_R.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tiny import TinyClips, TinyTrainer, tiny_config
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from transfer1.config import Config
+from transfer1.data.sampler import StreamSampler
+from transfer1.training.callback import Callback
+from transfer1.training.processes import Processes
+from transfer1.training.shards import gather, is_sharded
+
+SAMPLES = 4  # of a global batch
+BASIC = ("trainer.max_iter=5", "model.finetune_base_model=true", "optimizer.lr=0.001")
+
+
+class Layout(NamedTuple):
+    """Overrides of a run, and of the run of one process that it must equal."""
+
+    parallel: tuple[str, ...]
+    both: tuple[str, ...] = ()
+
+
+LAYOUTS = {
+    "ddp": Layout(()),
+    "ddp_accumulating": Layout((), ("trainer.grad_accum_iter=2",)),
+    "ddp_frozen_base": Layout((), ("model.finetune_base_model=false",)),
+}
+
+
+class Watch(Callback):
+    """Keeps losses and gradient norms as this process sees them."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        self.norms.append(self.trainer.gradients.norm.clone())
+
+    def on_training_step_end(self, *args: Any) -> None:
+        self.losses.append(args[3].clone())
+
+
+class SharedTrainer(TinyTrainer):
+    """A trainer whose global batch has `SAMPLES` samples, however many processes there are."""
+
+    def build_dataloaders(self) -> tuple[Any, Any]:
+        clips = TinyClips()
+        size = SAMPLES // self.processes.replicas
+        training = DataLoader(clips, batch_size=size, sampler=StreamSampler(clips))
+        return training, DataLoader(clips, batch_size=2)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train and return what the process saw, with the whole model and its averages."""
+    watch = Watch()
+    trainer = SharedTrainer(config, watch)
+    assert trainer.run() == 0
+    state = trainer.state
+    assert state.ema is not None
+    with trainer.processes.connected(trainer.device):
+        return {
+            "losses": torch.stack(watch.losses),
+            "norms": torch.stack(watch.norms),
+            "model": whole(state.model.state_dict()),
+            "ema": whole(state.ema.state_dict()),
+            "sharded": sum(map(is_sharded, state.model.parameters())),
+            "elements": sum(s["exp_avg"].numel() for s in state.optimizer.state.values()),
+        }
+
+
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Unsharded copies."""
+    return {k: gather(v) if is_sharded(v) else v.detach().clone() for k, v in tensors.items()}
+
+
+def main(folder: Path, names: list[str]) -> None:
+    """Train the named layouts, one after the other, in one connection of the processes."""
+    processes = Processes.from_environment()
+    with processes.connected(torch.device("cpu")):
+        for name in names:
+            layout = LAYOUTS[name]
+            overrides = (*BASIC, *layout.both, *layout.parallel)
+            seen = run(tiny_config(folder / name, *overrides))
+            torch.save(seen, folder / name / f"rank_{processes.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
