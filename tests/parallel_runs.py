@@ -30,11 +30,25 @@ class Layout(NamedTuple):
 
     parallel: tuple[str, ...]
     both: tuple[str, ...] = ()
+    stops: int | None = None  # the run ends after so many updates and is resumed
 
 
+FSDP = ("trainer.distributed_parallelism=fsdp", "model.fsdp_enabled=true")
+REMAINDER = ("model.precision=bfloat16", "optimizer.master_remainder=true")
 LAYOUTS = {
     "ddp": Layout(()),
     "ddp_accumulating": Layout((), ("trainer.grad_accum_iter=2",)),
+    "fsdp": Layout(FSDP),
+    "fsdp_accumulating": Layout(FSDP, ("trainer.grad_accum_iter=2",)),
+    "fsdp_hybrid": Layout(
+        (*FSDP, "model.fsdp.sharding_strategy=hybrid", "model.fsdp.sharding_group_size=1")
+    ),
+    "fsdp_offload_frozen_base": Layout(
+        (*FSDP, "model.fsdp.cpu_offload=true"), ("model.finetune_base_model=false",)
+    ),
+    "fsdp_resumed": Layout(FSDP, stops=3),
+    "fsdp_from_one": Layout(FSDP),
+    "fsdp_bf16_remainder": Layout((*FSDP, *REMAINDER), REMAINDER),
     "ddp_frozen_base": Layout((), ("model.finetune_base_model=false",)),
 }
 
@@ -93,6 +107,8 @@ def main(folder: Path, names: list[str]) -> None:
         for name in names:
             layout = LAYOUTS[name]
             overrides = (*BASIC, *layout.both, *layout.parallel)
+            if layout.stops:
+                run(tiny_config(folder / name, *overrides, f"trainer.max_iter={layout.stops}"))
             seen = run(tiny_config(folder / name, *overrides))
             torch.save(seen, folder / name / f"rank_{processes.rank}.pt")
 

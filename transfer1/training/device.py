@@ -56,14 +56,10 @@ def refuse_parallelism(config: Config) -> None:
     ]
     if parallel.sequence_parallel:
         wanted.append("model_parallel.sequence_parallel=True")
-    if config.trainer.distributed_parallelism != "ddp":
-        wanted.append(f"trainer.distributed_parallelism={config.trainer.distributed_parallelism}")
-    if config.model.fsdp_enabled:
-        wanted.append("model.fsdp_enabled=True")
     if wanted:
         raise ConfigError(
-            f"{', '.join(wanted)}: splitting one model over processes is not built yet; set sizes "
-            "to 1, sequence_parallel=false, distributed_parallelism=ddp and fsdp_enabled=false"
+            f"{', '.join(wanted)}: splitting tokens or layers over processes is not built yet; set "
+            "sizes to 1 and sequence_parallel=false; fsdp=full shards the parameters"
         )
 
 

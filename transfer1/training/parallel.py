@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from transfer1.config import Config
+from transfer1.model.block import TransformerBlock
+from transfer1.model.layers import LogVariance
 
 from .processes import Processes
 from .step import Loss
@@ -56,16 +58,22 @@ class ReplicatedLoss:
             device_ids=[device.index] if device.type == "cuda" else None,
             find_unused_parameters=options.find_unused_parameters,
             static_graph=options.static_graph,
-            broadcast_buffers=options.broadcast_buffers,
+            forward_sync_buffers=options.broadcast_buffers,
         )
+        self._first = options.static_graph
 
     def __call__(self, *args: Any) -> Loss:
         total, loss = self._wrapped(*args)
         return replace(loss, total=total)
 
     def last_backward(self, last: bool) -> Any:
-        """Forward and backward pass in this context average the gradients if they are the last."""
-        return nullcontext() if last else self._wrapped.no_sync()
+        """Forward and backward pass in this context average the gradients if they are the last.
+
+        A static graph is learned in a pass that averages, which the very first one is too; the mean
+        of what is averaged already does not change by the next averaging.
+        """
+        averages, self._first = last or self._first, False
+        return nullcontext() if averages else self._wrapped.no_sync()
 
 
 class WholeLoss:
@@ -98,3 +106,41 @@ def average_terms(loss: Loss, processes: Processes) -> Loss:
         return loss
     means = processes.means({**loss.terms, "": loss.total})
     return replace(loss, total=means.pop(""), terms=means)
+
+
+def shard_model(config: Config, processes: Processes, model: nn.Module) -> None:
+    """Shard the parameters over the processes (FSDP2), in place, if the run asks for it.
+
+    A unit is one transformer block, whose parameters are gathered when it runs; the log-variance
+    head is one, being called on its own, and everything else is the last. Names stay as they are.
+    Sharding "full" is over all processes, "hybrid" over neighbours in groups of
+    `model.fsdp.sharding_group_size`, between which gradients are averaged.
+    """
+    if config.trainer.distributed_parallelism != "fsdp":
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
+
+    options = config.model.fsdp
+    device = next(model.parameters()).device.type
+    if options.sharding_strategy == "hybrid":
+        group = options.sharding_group_size
+        shape, names = (processes.size // group, group), ("replicate", "shard")
+    else:
+        shape, names = (processes.size,), ("shard",)
+    arguments: dict[str, Any] = {
+        "mesh": init_device_mesh(device, shape, mesh_dim_names=names),
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=getattr(torch, options.reduce_dtype)),
+        "offload_policy": (
+            CPUOffloadPolicy(pin_memory=device == "cuda") if options.cpu_offload else OffloadPolicy()
+        ),
+    }
+    for module in list(model.modules()):
+        if isinstance(module, TransformerBlock | LogVariance):
+            fully_shard(module, **arguments)
+    fully_shard(model, **arguments)

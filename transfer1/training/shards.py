@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeGuard
 
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -28,7 +29,24 @@ def shard_like(whole: Tensor, target: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]
+    whole = whole.to(target.device)
     return distribute_tensor(whole, mesh, placements, src_data_rank=None)
+
+
+def with_local(part: Tensor, target: Tensor) -> Tensor:
+    """A tensor laid out as `target` is, whose part in this process is `part`."""
+    if not is_sharded(target):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part,
+        target.device_mesh,  # type: ignore[attr-defined]
+        target.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=target.shape,
+        stride=target.stride(),
+    )
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -51,3 +69,12 @@ def local_master(state: Mapping[str, Tensor]) -> Tensor | None:
     """The master, or the remainder that stands for it, of an optimizer's state; None without."""
     master = state.get("master", state.get("remainder"))
     return None if master is None else local(master)
+
+
+def sharing_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """The groups of processes between which a tensor is cut, one per axis of its mesh."""
+    if not is_sharded(tensor):
+        return ()
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    placements = tensor.placements  # type: ignore[attr-defined]
+    return tuple(mesh.get_group(n) for n, p in enumerate(placements) if p.is_shard())

@@ -32,7 +32,7 @@ from .gradients import Gradients, SkipCounter
 from .interrupt import Interrupt
 from .job import JobFolder
 from .metrics import Metrics
-from .parallel import average_terms, parallel_loss
+from .parallel import average_terms, parallel_loss, shard_model
 from .processes import Processes
 from .profiling import profiling_callbacks
 from .schedule import Schedule
@@ -100,7 +100,8 @@ class Trainer:
             run is saved and the same command resumes it. A finished run prints its summary and
             returns its code again.
         """
-        with self.processes.connected(self.device):
+        sharded = self.config.trainer.distributed_parallelism == "fsdp"
+        with self.processes.connected(self.device, alone=sharded):
             return self._run()
 
     def _run(self) -> int:
@@ -144,6 +145,7 @@ class Trainer:
 
         torch.manual_seed(seed)
         model = self.build_model()
+        shard_model(config, self.processes, model)
         self.options = StepOptions.from_config(config.model, self.dtype)
         self.dataloader_train, self.dataloader_val = self.build_dataloaders()
         self.callbacks.on_optimizer_init_start()
