@@ -19,7 +19,8 @@ from transfer1.config import Config
 from transfer1.data.sampler import StreamSampler
 from transfer1.training.callback import Callback
 from transfer1.training.processes import Processes
-from transfer1.training.shards import gather, is_sharded
+from transfer1.training.shards import gather, is_sharded, local
+from transfer1.training.state import TrainState
 
 SAMPLES = 4  # of a global batch
 BASIC = ("trainer.max_iter=5", "model.finetune_base_model=true", "optimizer.lr=0.001")
@@ -48,7 +49,8 @@ LAYOUTS = {
     ),
     "fsdp_resumed": Layout(FSDP, stops=3),
     "fsdp_from_one": Layout(FSDP),
-    "fsdp_bf16_remainder": Layout((*FSDP, *REMAINDER), REMAINDER),
+    "fsdp_bfloat16": Layout((*FSDP, *REMAINDER), REMAINDER),
+    "fsdp_bfloat16_resumed": Layout((*FSDP, *REMAINDER), REMAINDER, stops=3),
     "ddp_frozen_base": Layout((), ("model.finetune_base_model=false",)),
 }
 
@@ -91,8 +93,16 @@ def run(config: Config) -> dict[str, Any]:
             "model": whole(state.model.state_dict()),
             "ema": whole(state.ema.state_dict()),
             "sharded": sum(map(is_sharded, state.model.parameters())),
-            "elements": sum(s["exp_avg"].numel() for s in state.optimizer.state.values()),
+            "local_elements": sum(local(v).numel() for v in state.ema.shadows.values()),
         }
+
+
+def load(config: Config) -> TrainState:
+    """What a run starts from."""
+    trainer = SharedTrainer(config)
+    trainer.build()
+    trainer.load()
+    return trainer.state
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ import parallel_runs
 import pytest
 import torch
 from parallel_runs import BASIC, LAYOUTS
+from test_resume import difference, tensors
 from tiny import tiny_config
 from torch import Tensor
 
+from transfer1.training.checkpoint_file import read_checkpoint, snapshot, to_layout
 from transfer1.training.metrics import read_metrics
 
 TESTS = Path(__file__).parent
@@ -47,6 +50,7 @@ def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> f
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one launch of two processes that trains all layouts."""
     folder = tmp_path_factory.mktemp("two")
+    parallel_runs.run(tiny_config(folder / "fsdp_from_one", *BASIC, "trainer.max_iter=3"))
     launch(folder, 2, list(LAYOUTS))
     return folder
 
@@ -71,13 +75,17 @@ def check(folder: Path, name: str, processes: int, expected: dict[str, Any]) -> 
     ranks = seen(folder, name, processes)
     assert all(rank["norms"].equal(ranks[0]["norms"]) for rank in ranks)
     for rank in ranks:
-        torch.testing.assert_close(rank["losses"], expected["losses"], rtol=CLOSE, atol=CLOSE)
-        torch.testing.assert_close(rank["norms"], expected["norms"], rtol=1e-5, atol=CLOSE)
+        for numbers in ("losses", "norms"):
+            last = expected[numbers][-len(rank[numbers]) :]  # all, or those since the resume
+            torch.testing.assert_close(rank[numbers], last, rtol=1e-5, atol=CLOSE)
         assert largest_difference(rank["model"], expected["model"]) <= CLOSE
         assert largest_difference(rank["ema"], expected["ema"]) <= CLOSE
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+FLOAT32 = [name for name in LAYOUTS if "bfloat16" not in name]
+
+
+@pytest.mark.parametrize("name", FLOAT32)
 def test_two_processes_train_as_one(two: Path, alone: Any, name: str) -> None:
     check(two, name, 2, alone(name))
 
@@ -87,5 +95,37 @@ def test_one_process_writes(two: Path, name: str) -> None:
     folder = two / name
     records = read_metrics(folder / "metrics.jsonl")
     assert [record["iteration"] for record in records] == [1, 2, 3, 4, 5]
-    assert (folder / "stdout.log").read_text().count("kernels: ") == 1
-    assert [p.name for p in (folder / "checkpoints").glob("*.pt")] == ["iter_000000005.pt"]
+    starts = 2 if LAYOUTS[name].stops or name.endswith("from_one") else 1
+    assert (folder / "stdout.log").read_text().count("kernels: ") == starts
+    assert (folder / "checkpoints" / "latest_checkpoint.txt").read_text() == "iter_000000005.pt\n"
+    assert not list((folder / "checkpoints").glob("*RANK*"))
+
+
+def test_shards_hold_their_part_alone(two: Path) -> None:
+    for rank in seen(two, "fsdp", 2):
+        whole = sum(value.numel() for value in rank["ema"].values())
+        assert rank["sharded"] and rank["local_elements"] < 0.6 * whole
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp_bfloat16"])
+def test_resume_of_the_same_processes_is_exact(two: Path, name: str) -> None:
+    straight, resumed = (saved(two / folder) for folder in (name, f"{name}_resumed"))
+    assert difference(straight, resumed) == []
+
+
+@pytest.mark.parametrize("name", ["fsdp_resumed", "fsdp_bfloat16_resumed"])
+def test_one_process_resumes_what_two_have_saved(two: Path, tmp_path: Path, name: str) -> None:
+    """Exactly where they stopped; from there on the numbers are those of any layout."""
+    shutil.copytree(two / name / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "latest_checkpoint.txt").write_text("iter_000000003.pt\n")
+    overrides = (*BASIC, *LAYOUTS[name].both)
+    start = parallel_runs.load(tiny_config(tmp_path, *overrides))
+    assert difference(saved(two / name, 3), tensors(snapshot(to_layout(start.state_dict())))) == []
+    if name == "fsdp_resumed":
+        ended = parallel_runs.run(tiny_config(tmp_path, *overrides))
+        assert largest_difference(ended["model"], seen(two, "fsdp", 2)[0]["model"]) <= CLOSE
+
+
+def saved(folder: Path, iteration: int = 5) -> dict[str, Any]:
+    """The leaves of a checkpoint."""
+    return tensors(read_checkpoint(folder / "checkpoints" / f"iter_{iteration:09d}.pt"))

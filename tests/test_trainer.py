@@ -331,12 +331,6 @@ def test_what_this_trainer_cannot_do_is_refused(
     assert not tmp_path.joinpath("stdout.log").exists()
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="WORLD_SIZE=2"):
-        Trainer(tiny_config(tmp_path))
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_here_is_named(tmp_path: Path) -> None:
     assert Trainer(tiny_config(tmp_path, "trainer.device=auto")).device.type == "cpu"

@@ -5,6 +5,7 @@ Imports of `torch.distributed` packages that take long stand where they are need
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -126,19 +127,22 @@ def shard_model(config: Config, processes: Processes, model: nn.Module) -> None:
         fully_shard,
     )
 
+    # Said of an output that is a view: nothing here changes one in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     options = config.model.fsdp
     device = next(model.parameters()).device.type
     if options.sharding_strategy == "hybrid":
         group = options.sharding_group_size
-        shape, names = (processes.size // group, group), ("replicate", "shard")
+        mesh = init_device_mesh(
+            device, (processes.size // group, group), mesh_dim_names=("replicate", "shard")
+        )
     else:
-        shape, names = (processes.size,), ("shard",)
+        mesh = init_device_mesh(device, (processes.size,), mesh_dim_names=("shard",))
+    on_host = CPUOffloadPolicy(pin_memory=device == "cuda")
     arguments: dict[str, Any] = {
-        "mesh": init_device_mesh(device, shape, mesh_dim_names=names),
+        "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=getattr(torch, options.reduce_dtype)),
-        "offload_policy": (
-            CPUOffloadPolicy(pin_memory=device == "cuda") if options.cpu_offload else OffloadPolicy()
-        ),
+        "offload_policy": on_host if options.cpu_offload else OffloadPolicy(),
     }
     for module in list(model.modules()):
         if isinstance(module, TransformerBlock | LogVariance):

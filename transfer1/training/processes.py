@@ -68,7 +68,7 @@ class Processes:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store = dist.HashStore() if self.size == 1 else None
+        store = dist.HashStore() if self.size == 1 else None  # type: ignore[attr-defined]
         dist.init_process_group(backend, rank=self.rank, world_size=self.size, store=store)
         # Not after an error: the others may wait for this process, and torchrun ends them.
         yield
