@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tiny import TinyClips, TinyTrainer, tiny_config
+from tiny import FRAMES, TinyClips, TinyTrainer, tiny_config
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -35,6 +35,8 @@ class Layout(NamedTuple):
 
 
 FSDP = ("trainer.distributed_parallelism=fsdp", "model.fsdp_enabled=true")
+CONTEXT = ("model_parallel.context_parallel_size=2",)
+EVEN = ("model.latent_shape=[16,6,2,2]",)  # of frames, to be shared out
 REMAINDER = ("model.precision=bfloat16", "optimizer.master_remainder=true")
 LAYOUTS = {
     "ddp": Layout(()),
@@ -51,6 +53,12 @@ LAYOUTS = {
     "fsdp_from_one": Layout(FSDP),
     "fsdp_bfloat16": Layout((*FSDP, *REMAINDER), REMAINDER),
     "fsdp_bfloat16_resumed": Layout((*FSDP, *REMAINDER), REMAINDER, stops=3),
+    "ddp_context": Layout(CONTEXT, EVEN),
+    "fsdp_context": Layout((*FSDP, *CONTEXT), EVEN),
+    "fsdp_context_checkpointing": Layout(
+        (*FSDP, *CONTEXT, "model.net.activation_checkpoint=block"),
+        (*EVEN, "model.net_ctrl.activation_checkpoint=block"),
+    ),
     "ddp_frozen_base": Layout((), ("model.finetune_base_model=false",)),
 }
 
@@ -69,11 +77,24 @@ class Watch(Callback):
         self.losses.append(args[3].clone())
 
 
+class LongerClips(TinyClips):
+    """Tiny clips of 3 latent frames, or of 6: the clip, then the same backwards."""
+
+    def __init__(self, latent_frames: int) -> None:
+        self.frames = FRAMES * latent_frames // 3
+
+    def __getitem__(self, key: Any) -> dict[str, Tensor]:
+        clip = super().__getitem__(key)
+        for name in ("video", "control_input_edge"):
+            clip[name] = torch.cat([clip[name], clip[name].flip(1)], dim=1)[:, : self.frames]
+        return clip
+
+
 class SharedTrainer(TinyTrainer):
     """A trainer whose global batch has `SAMPLES` samples, however many processes there are."""
 
     def build_dataloaders(self) -> tuple[Any, Any]:
-        clips = TinyClips()
+        clips = LongerClips(self.config.model.latent_shape[1])
         size = SAMPLES // self.processes.replicas
         training = DataLoader(clips, batch_size=size, sampler=StreamSampler(clips))
         return training, DataLoader(clips, batch_size=2)

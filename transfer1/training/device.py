@@ -50,7 +50,6 @@ def refuse_parallelism(config: Config) -> None:
         for name in (
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
-            "context_parallel_size",
         )
         if (size := getattr(parallel, name)) > 1
     ]
@@ -58,8 +57,8 @@ def refuse_parallelism(config: Config) -> None:
         wanted.append("model_parallel.sequence_parallel=True")
     if wanted:
         raise ConfigError(
-            f"{', '.join(wanted)}: splitting tokens or layers over processes is not built yet; set "
-            "sizes to 1 and sequence_parallel=false; fsdp=full shards the parameters"
+            f"{', '.join(wanted)}: splitting layers over processes is not built yet; set them to 1 "
+            "and false; fsdp=full shards parameters, context_parallel_size shares latent frames"
         )
 
 

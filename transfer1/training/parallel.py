@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transfer1.config import Config
 from transfer1.model.block import TransformerBlock
 from transfer1.model.layers import LogVariance
+from transfer1.model.transfer import Transfer
 
 from .processes import Processes
 from .step import Loss
@@ -107,6 +108,21 @@ def average_terms(loss: Loss, processes: Processes) -> Loss:
         return loss
     means = processes.means({**loss.terms, "": loss.total})
     return replace(loss, total=means.pop(""), terms=means)
+
+
+def share_samples(config: Config, processes: Processes, model: Transfer) -> None:
+    """Let neighbouring processes share their samples, in place, if the run asks for it."""
+    size = config.model_parallel.context_parallel_size
+    if size == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from .context_parallel import share_frames
+
+    device = next(model.parameters()).device.type
+    names = ("replica", "context")
+    mesh = init_device_mesh(device, (processes.size // size, size), mesh_dim_names=names)
+    share_frames(model, mesh.get_group("context"))
 
 
 def shard_model(config: Config, processes: Processes, model: nn.Module) -> None:

@@ -32,7 +32,7 @@ from .gradients import Gradients, SkipCounter
 from .interrupt import Interrupt
 from .job import JobFolder
 from .metrics import Metrics
-from .parallel import average_terms, parallel_loss, shard_model
+from .parallel import average_terms, parallel_loss, shard_model, share_samples
 from .processes import Processes
 from .profiling import profiling_callbacks
 from .schedule import Schedule
@@ -72,7 +72,9 @@ class Trainer:
         if config.checkpoint.type is None:
             raise ConfigError("checkpoint.type is not set: choose ckpt_klass=multi_rank")
         self.config = config
-        self.processes = Processes.from_environment()
+        self.processes = Processes.from_environment(
+            sharing=config.model_parallel.context_parallel_size
+        )
         writes = self.processes.is_main
         self.job = JobFolder(config.job.path_local, config.job.name, writes)
         self.device = choose_device(config.trainer.device)
@@ -145,6 +147,7 @@ class Trainer:
 
         torch.manual_seed(seed)
         model = self.build_model()
+        share_samples(config, self.processes, model)
         shard_model(config, self.processes, model)
         self.options = StepOptions.from_config(config.model, self.dtype)
         self.dataloader_train, self.dataloader_val = self.build_dataloaders()
