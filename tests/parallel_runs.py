@@ -36,6 +36,7 @@ class Layout(NamedTuple):
 
 FSDP = ("trainer.distributed_parallelism=fsdp", "model.fsdp_enabled=true")
 CONTEXT = ("model_parallel.context_parallel_size=2",)
+TENSOR = ("model_parallel.tensor_model_parallel_size=2",)
 EVEN = ("model.latent_shape=[16,6,2,2]",)  # of frames, to be shared out
 REMAINDER = ("model.precision=bfloat16", "optimizer.master_remainder=true")
 LAYOUTS = {
@@ -56,10 +57,24 @@ LAYOUTS = {
     "ddp_context": Layout(CONTEXT, EVEN),
     "fsdp_context": Layout((*FSDP, *CONTEXT), EVEN),
     "fsdp_context_checkpointing": Layout(
-        (*FSDP, *CONTEXT, "model.net.activation_checkpoint=block"),
+        (*FSDP, *CONTEXT, "model.net.activation_checkpoint=selective"),
         (*EVEN, "model.net_ctrl.activation_checkpoint=block"),
     ),
+    "fsdp_tensor": Layout((*FSDP, *TENSOR)),
+    "fsdp_tensor_resumed": Layout((*FSDP, *TENSOR), stops=3),
     "ddp_frozen_base": Layout((), ("model.finetune_base_model=false",)),
+}
+
+OF_FOUR = {  # layouts that need four processes, or are others there
+    "four_ddp": Layout(()),
+    "four_ddp_context": Layout(CONTEXT, EVEN),
+    "four_hybrid": Layout(
+        (*FSDP, "model.fsdp.sharding_strategy=hybrid", "model.fsdp.sharding_group_size=2")
+    ),
+    "four_fsdp_context": Layout((*FSDP, *CONTEXT), EVEN),
+    "four_fsdp_tensor": Layout((*FSDP, *TENSOR)),
+    "four_tensor_context": Layout((*FSDP, *TENSOR, *CONTEXT), EVEN),
+    "four_fsdp_tensor_resumed": Layout((*FSDP, *TENSOR), stops=3),
 }
 
 
@@ -136,7 +151,7 @@ def main(folder: Path, names: list[str]) -> None:
     processes = Processes.from_environment()
     with processes.connected(torch.device("cpu")):
         for name in names:
-            layout = LAYOUTS[name]
+            layout = {**LAYOUTS, **OF_FOUR}[name]
             overrides = (*BASIC, *layout.both, *layout.parallel)
             if layout.stops:
                 run(tiny_config(folder / name, *overrides, f"trainer.max_iter={layout.stops}"))

@@ -65,7 +65,7 @@ def _cut_positions(embedder: nn.Module, frames: FrameShard) -> None:
         whole = forward(grid._replace(t=grid.t * frames.size), fps_B)
         return frames.cut(whole, whole.ndim - 2)
 
-    embedder.forward = shard  # type: ignore[assignment]
+    embedder.forward = shard
 
 
 def _gathering(ops: Ops, frames: FrameShard) -> Ops:
@@ -163,7 +163,7 @@ class GatherTokens(torch.autograd.Function):
         return _all_gather(part, group, TOKENS)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         size = dist.get_world_size(ctx.group)
         by_owner = gradient.unflatten(TOKENS, (size, -1)).movedim(TOKENS, 0).contiguous()
         own = torch.empty_like(by_owner[0])
@@ -185,6 +185,6 @@ class GatherFrames(torch.autograd.Function):
         return _all_gather(part, group, FRAMES)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         size, rank = dist.get_world_size(ctx.group), dist.get_rank(ctx.group)
         return gradient.chunk(size, FRAMES)[rank] * size, None

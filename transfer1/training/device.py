@@ -44,22 +44,36 @@ def choose_dtype(precision: str) -> torch.dtype:
 
 def refuse_parallelism(config: Config) -> None:
     """Raise ConfigError where a run splits the model in a way that this trainer does not."""
-    parallel = config.model_parallel
-    wanted = [
-        f"model_parallel.{name}={size}"
-        for name in (
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
+    sizes, problems = config.model_parallel, []
+    tensor, context = sizes.tensor_model_parallel_size, sizes.context_parallel_size
+    if sizes.pipeline_model_parallel_size > 1 or sizes.sequence_parallel:
+        problems.append(
+            f"model_parallel.pipeline_model_parallel_size={sizes.pipeline_model_parallel_size}, "
+            f"model_parallel.sequence_parallel={sizes.sequence_parallel}: not built yet; give 1 "
+            "and false"
         )
-        if (size := getattr(parallel, name)) > 1
-    ]
-    if parallel.sequence_parallel:
-        wanted.append("model_parallel.sequence_parallel=True")
-    if wanted:
-        raise ConfigError(
-            f"{', '.join(wanted)}: splitting layers over processes is not built yet; set them to 1 "
-            "and false; fsdp=full shards parameters, context_parallel_size shares latent frames"
+    group, world = tensor * context, int(os.environ.get("WORLD_SIZE", "1"))
+    if world % group:
+        problems.append(
+            f"model_parallel.tensor_model_parallel_size={tensor}, context_parallel_size={context}: "
+            f"{group} processes share one model, but {world} were started; start a multiple of "
+            f"{group} with torchrun --nproc_per_node, or set both to 1"
         )
+    mode, strategy = config.trainer.distributed_parallelism, config.model.fsdp.sharding_strategy
+    if tensor > 1 and (mode, strategy) != ("fsdp", "full"):
+        problems.append(
+            f"model_parallel.tensor_model_parallel_size={tensor}: trainer.distributed_parallelism="
+            f"{mode} and model.fsdp.sharding_strategy={strategy} cannot be combined with it; set "
+            "fsdp=full"
+        )
+    if problems:
+        raise ConfigError("\n  ".join(problems))
+
+
+def sharing_sample(config: Config) -> int:
+    """How many processes work on the same samples."""
+    sizes = config.model_parallel
+    return sizes.tensor_model_parallel_size * sizes.context_parallel_size
 
 
 def set_backend_flags(config: Config, device: torch.device) -> None:

@@ -9,18 +9,22 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from transfer1.config import Config
+from transfer1.config.schema import FSDPConfig
 from transfer1.model.block import TransformerBlock
 from transfer1.model.layers import LogVariance
 from transfer1.model.transfer import Transfer
 
 from .processes import Processes
 from .step import Loss
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 ComputeLoss = Callable[..., Loss]
 
@@ -110,32 +114,54 @@ def average_terms(loss: Loss, processes: Processes) -> Loss:
     return replace(loss, total=means.pop(""), terms=means)
 
 
-def share_samples(config: Config, processes: Processes, model: Transfer) -> None:
-    """Let neighbouring processes share their samples, in place, if the run asks for it."""
-    size = config.model_parallel.context_parallel_size
-    if size == 1:
+def distribute(config: Config, processes: Processes, model: Transfer) -> None:
+    """Spread the model over the processes in place, as far as the run asks for it.
+
+    Neighbouring ranks share layers (tensor parallelism), groups of them latent frames (context
+    parallelism); over all the rest, and over the latter, parameters are sharded (FSDP).
+    """
+    sizes = config.model_parallel
+    tensor, context = sizes.tensor_model_parallel_size, sizes.context_parallel_size
+    fsdp = config.trainer.distributed_parallelism == "fsdp"
+    if tensor == context == 1 and not fsdp:
         return
     from torch.distributed.device_mesh import init_device_mesh
-
-    from .context_parallel import share_frames
 
     device = next(model.parameters()).device.type
-    names = ("replica", "context")
-    mesh = init_device_mesh(device, (processes.size // size, size), mesh_dim_names=names)
-    share_frames(model, mesh.get_group("context"))
+    options = config.model.fsdp
+    mesh = init_device_mesh(
+        device,
+        (processes.replicas, context, tensor),
+        mesh_dim_names=("replica", "context", "tensor"),
+    )
+    if tensor > 1:
+        from .tensor_parallel import share_layers
+
+        share_layers(model, mesh["tensor"])
+    if context > 1:
+        from .context_parallel import share_frames
+
+        share_frames(model, mesh.get_group("context"))
+    if fsdp and options.sharding_strategy == "hybrid":
+        groups = processes.size // options.sharding_group_size, options.sharding_group_size
+        names = ("groups", "shard")
+        shard_model(model, init_device_mesh(device, groups, mesh_dim_names=names), options)
+    elif fsdp:
+        shard_model(model, mesh["replica", "context"]._flatten("shard"), options)
 
 
-def shard_model(config: Config, processes: Processes, model: nn.Module) -> None:
-    """Shard the parameters over the processes (FSDP2), in place, if the run asks for it.
+def shard_model(model: nn.Module, mesh: DeviceMesh, options: FSDPConfig) -> None:
+    """Shard the parameters over the processes (FSDP2), in place; names stay as they are.
 
     A unit is one transformer block, whose parameters are gathered when it runs; the log-variance
-    head is one, being called on its own, and everything else is the last. Names stay as they are.
-    Sharding "full" is over all processes, "hybrid" over neighbours in groups of
-    `model.fsdp.sharding_group_size`, between which gradients are averaged.
+    head is one, being called on its own, and everything else is the last.
+
+    Args:
+        model: the whole model.
+        mesh: one axis of processes to shard over, or two: groups between which gradients are
+            averaged, and the processes of a group.
+        options: the config node `model.fsdp`.
     """
-    if config.trainer.distributed_parallelism != "fsdp":
-        return
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
         CPUOffloadPolicy,
         MixedPrecisionPolicy,
@@ -145,16 +171,7 @@ def shard_model(config: Config, processes: Processes, model: nn.Module) -> None:
 
     # Said of an output that is a view: nothing here changes one in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    options = config.model.fsdp
-    device = next(model.parameters()).device.type
-    if options.sharding_strategy == "hybrid":
-        group = options.sharding_group_size
-        mesh = init_device_mesh(
-            device, (processes.size // group, group), mesh_dim_names=("replicate", "shard")
-        )
-    else:
-        mesh = init_device_mesh(device, (processes.size,), mesh_dim_names=("shard",))
-    on_host = CPUOffloadPolicy(pin_memory=device == "cuda")
+    on_host = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     arguments: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=getattr(torch, options.reduce_dtype)),

@@ -77,4 +77,4 @@ def sharing_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
         return ()
     mesh = tensor.device_mesh  # type: ignore[attr-defined]
     placements = tensor.placements  # type: ignore[attr-defined]
-    return tuple(mesh.get_group(n) for n, p in enumerate(placements) if p.is_shard())
+    return tuple(mesh.get_group(n) for n, p in enumerate(placements) if not p.is_replicate())

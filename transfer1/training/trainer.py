@@ -26,13 +26,14 @@ from .device import (
     choose_dtype,
     refuse_parallelism,
     set_backend_flags,
+    sharing_sample,
     to_device,
 )
 from .gradients import Gradients, SkipCounter
 from .interrupt import Interrupt
 from .job import JobFolder
 from .metrics import Metrics
-from .parallel import average_terms, parallel_loss, shard_model, share_samples
+from .parallel import average_terms, distribute, parallel_loss
 from .processes import Processes
 from .profiling import profiling_callbacks
 from .schedule import Schedule
@@ -72,9 +73,7 @@ class Trainer:
         if config.checkpoint.type is None:
             raise ConfigError("checkpoint.type is not set: choose ckpt_klass=multi_rank")
         self.config = config
-        self.processes = Processes.from_environment(
-            sharing=config.model_parallel.context_parallel_size
-        )
+        self.processes = Processes.from_environment(sharing_sample(config))
         writes = self.processes.is_main
         self.job = JobFolder(config.job.path_local, config.job.name, writes)
         self.device = choose_device(config.trainer.device)
@@ -147,8 +146,7 @@ class Trainer:
 
         torch.manual_seed(seed)
         model = self.build_model()
-        share_samples(config, self.processes, model)
-        shard_model(config, self.processes, model)
+        distribute(config, self.processes, model)
         self.options = StepOptions.from_config(config.model, self.dtype)
         self.dataloader_train, self.dataloader_val = self.build_dataloaders()
         self.callbacks.on_optimizer_init_start()
