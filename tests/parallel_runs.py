@@ -23,7 +23,7 @@ from transfer1.training.shards import gather, is_sharded, local
 from transfer1.training.state import TrainState
 
 SAMPLES = 4  # of a global batch
-BASIC = ("trainer.max_iter=5", "model.finetune_base_model=true", "optimizer.lr=0.001")
+BASIC = ("trainer.max_iter=5", "model.finetune_base_model=true", "optimizer.lr=0.0003")
 
 
 class Layout(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -12,13 +13,16 @@ from typing import Any
 import parallel_runs
 import pytest
 import torch
-from parallel_runs import BASIC, LAYOUTS
+from parallel_runs import BASIC, LAYOUTS, OF_FOUR
 from test_resume import difference, tensors
-from tiny import tiny_config
+from tiny import ROOT, tiny_config
 from torch import Tensor
 
+from transfer1.config import ConfigError, compose
+from transfer1.data.sampler import StreamSampler
 from transfer1.training.checkpoint_file import read_checkpoint, snapshot, to_layout
 from transfer1.training.metrics import read_metrics
+from transfer1.training.trainer import Trainer
 
 TESTS = Path(__file__).parent
 CLOSE = 1e-6
@@ -61,7 +65,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     runs: dict[tuple[str, ...], dict[str, Any]] = {}
 
     def of(name: str) -> dict[str, Any]:
-        both = LAYOUTS[name].both
+        both = {**LAYOUTS, **OF_FOUR}[name].both
         if both not in runs:
             folder = tmp_path_factory.mktemp("alone")
             runs[both] = parallel_runs.run(tiny_config(folder, *BASIC, *both))
@@ -90,6 +94,21 @@ def test_two_processes_train_as_one(two: Path, alone: Any, name: str) -> None:
     check(two, name, 2, alone(name))
 
 
+@pytest.mark.slow
+def test_four_processes_train_as_one(tmp_path: Path, alone: Any) -> None:
+    launch(tmp_path, 4, list(OF_FOUR))
+    for name in OF_FOUR:
+        check(tmp_path, name, 4, alone(name))
+    name = "four_fsdp_tensor"
+    assert difference(saved(tmp_path / name), saved(tmp_path / f"{name}_resumed")) == []
+
+
+def test_a_single_process_can_shard(tmp_path: Path, alone: Any) -> None:
+    """Without torchrun too; nothing is cut, and nothing differs."""
+    run = parallel_runs.run(tiny_config(tmp_path, *BASIC, *parallel_runs.FSDP))
+    assert run["sharded"] and largest_difference(run["model"], alone("fsdp")["model"]) <= CLOSE
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_one_process_writes(two: Path, name: str) -> None:
     folder = two / name
@@ -107,13 +126,13 @@ def test_shards_hold_their_part_alone(two: Path) -> None:
         assert rank["sharded"] and rank["local_elements"] < 0.6 * whole
 
 
-@pytest.mark.parametrize("name", ["fsdp", "fsdp_bfloat16"])
+@pytest.mark.parametrize("name", ["fsdp", "fsdp_bfloat16", "fsdp_tensor"])
 def test_resume_of_the_same_processes_is_exact(two: Path, name: str) -> None:
     straight, resumed = (saved(two / folder) for folder in (name, f"{name}_resumed"))
     assert difference(straight, resumed) == []
 
 
-@pytest.mark.parametrize("name", ["fsdp_resumed", "fsdp_bfloat16_resumed"])
+@pytest.mark.parametrize("name", ["fsdp_resumed", "fsdp_bfloat16_resumed", "fsdp_tensor_resumed"])
 def test_one_process_resumes_what_two_have_saved(two: Path, tmp_path: Path, name: str) -> None:
     """Exactly where they stopped; from there on the numbers are those of any layout."""
     shutil.copytree(two / name / "checkpoints", tmp_path / "checkpoints")
@@ -121,7 +140,7 @@ def test_one_process_resumes_what_two_have_saved(two: Path, tmp_path: Path, name
     overrides = (*BASIC, *LAYOUTS[name].both)
     start = parallel_runs.load(tiny_config(tmp_path, *overrides))
     assert difference(saved(two / name, 3), tensors(snapshot(to_layout(start.state_dict())))) == []
-    if name == "fsdp_resumed":
+    if "bfloat16" not in name:
         ended = parallel_runs.run(tiny_config(tmp_path, *overrides))
         assert largest_difference(ended["model"], seen(two, "fsdp", 2)[0]["model"]) <= CLOSE
 
@@ -129,3 +148,32 @@ def test_one_process_resumes_what_two_have_saved(two: Path, tmp_path: Path, name
 def saved(folder: Path, iteration: int = 5) -> dict[str, Any]:
     """The leaves of a checkpoint."""
     return tensors(read_checkpoint(folder / "checkpoints" / f"iter_{iteration:09d}.pt"))
+
+
+@pytest.mark.parametrize(
+    ("option", "strategy", "offload"),
+    [("full", "full", False), ("hybrid", "hybrid", False), ("offload", "full", True)],
+)
+def test_the_group_fsdp(option: str, strategy: str, offload: bool) -> None:
+    config = compose(ROOT, [f"fsdp={option}"])
+    assert config.trainer.distributed_parallelism == "fsdp" and config.model.fsdp_enabled
+    assert config.model.fsdp.sharding_strategy == strategy
+    assert config.model.fsdp.cpu_offload is offload
+
+
+def test_groups_divide_the_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    overrides = (*parallel_runs.FSDP, "model.fsdp.sharding_strategy=hybrid")
+    with pytest.raises(ConfigError, match="sharding_group_size=8: give a divisor of the 6"):
+        Trainer(tiny_config(tmp_path, *overrides))
+
+
+def test_parts_of_a_stream_are_the_whole() -> None:
+    streams = [StreamSampler(range(7)) for _ in range(3)]  # type: ignore[arg-type]
+    streams[0].start(5, 8)
+    for replica, stream in enumerate(streams[1:]):
+        stream.start(5, 8, replica, 2, 3)
+    whole = list(itertools.islice(streams[0], 24))
+    parts = [list(itertools.islice(stream, 12)) for stream in streams[1:]]
+    batches = [part[n : n + 3] for n in range(0, 12, 3) for part in parts]
+    assert [key for batch in batches for key in batch] == whole
