@@ -1,9 +1,10 @@
 # make demo: train on real video and show what was learned.   make test: prove that all is well.
 PYTHON ?= python3
 PIP_ARGS ?=
-PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock $(PIP_ARGS)
+PIP_PLAIN := .venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+PIP := $(PIP_PLAIN) --constraint requirements.lock
 
-.PHONY: setup setup-test demo test test-all gpu lint clean
+.PHONY: setup setup-test demo test test-all gpu static lint clean
 
 setup: .venv/.runtime
 
@@ -23,6 +24,7 @@ setup-test: .venv/.test
 	@echo "Adding the test tools to .venv"
 	@$(PIP) --no-build-isolation --editable '.[test]'
 	@$(PIP) --no-deps timm  # one file of it is used, which needs none of torchvision
+	@$(PIP) --no-deps liger-kernel  # its wheel asks for a PyTorch with CUDA
 	@touch $@
 
 demo: setup
@@ -47,10 +49,19 @@ test-all: setup-test
 gpu:
 	@$(if $(wildcard .venv/bin/python),.venv/bin/python,$(PYTHON)) -m bench.gpu
 
+# What the compilers make of every kernel, for GPUs that need not be here: two versions of Triton.
+NEWER_TRITON := 3.9.0
+static: setup-test .triton/$(NEWER_TRITON)
+	.venv/bin/python -m bench.static
+	.venv/bin/python -m bench.static --triton $(NEWER_TRITON)
+
+.triton/$(NEWER_TRITON):
+	@$(PIP_PLAIN) --no-deps --target $@ triton==$(NEWER_TRITON)
+
 lint: setup-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .triton build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -41,7 +41,7 @@ setup(
             "ruff>=0.9",
             "mypy>=1.14",
             "diffusers==0.42.1",  # the peer model
-            "ema-pytorch==0.8.3",  # a peer of the moving average; so is timm, see the Makefile
+            "ema-pytorch==0.8.3",  # a peer; timm and Liger-Kernel are others: see the Makefile
             "nvtx>=0.2.11",
             "tensorboard>=2.17",
         ],

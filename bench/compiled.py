@@ -27,7 +27,9 @@ TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
 POINTERS = {
     torch.float64: "*fp64",
@@ -44,7 +46,18 @@ MULTIPROCESSORS = {
     "sm_80": (2048, 65536, 163 * 1024),
     "sm_90": (2048, 65536, 227 * 1024),
     "sm_100": (2048, 65536, 227 * 1024),
+    "sm_120": (1536, 65536, 99 * 1024),
     "gfx942": (2048, 131072, 64 * 1024),
+    "gfx950": (2048, 131072, 160 * 1024),
+}
+# Instructions of the tensor cores that kernels are to use.
+PRODUCTS = {
+    "sm_80": r"\bHMMA",
+    "sm_90": r"\bHGMMA",
+    "sm_100": r"\bUTC\w*MMA",
+    "sm_120": r"\bHMMA",
+    "gfx942": r"\bv_mfma",
+    "gfx950": r"\bv_mfma",
 }
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -98,7 +111,18 @@ def runtime_parameters(launch: Launch) -> list[str]:
 
 def compile_launch(launch: Launch) -> Any:
     """Compile a launch as Triton's just-in-time launcher would specialise it."""
-    signature, constants, attributes = {}, {}, {}
+    signature, constants, attributes = _specialised(launch)
+    source = ASTSource(
+        fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes
+    )
+    return triton.compile(source, target=TARGETS[launch.target], options=dict(launch.options))
+
+
+def _specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """Signature, constants and attributes of the compiled form."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[Any, Any] = {}
     for position, parameter in enumerate(_params(launch)):
         value = launch.arguments[parameter.name]
         kind = _signature(value, parameter.is_constexpr)
@@ -107,14 +131,22 @@ def compile_launch(launch: Launch) -> Any:
             constants[parameter.name] = value
         elif _divides_by_16(value):
             attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(
-        fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes
-    )
-    return triton.compile(source, target=TARGETS[launch.target], options=dict(launch.options))
+    return signature, constants, attributes
+
+
+_inspected: dict[str, Code] = {}
 
 
 def inspect(launch: Launch) -> Code:
-    """Compile a launch and read what matters from its machine code."""
+    """Compile a launch and read what matters from its machine code; each variant only once."""
+    options = sorted(launch.options.items())
+    variant = repr((launch.kernel.__name__, launch.target, options, *_specialised(launch)))
+    if variant not in _inspected:
+        _inspected[variant] = _inspect(launch)
+    return _inspected[variant]
+
+
+def _inspect(launch: Launch) -> Code:
     built = compile_launch(launch)
     read = _read_amd if launch.target.startswith("gfx") else _read_nvidia
     registers, spills, assembly, pattern = read(built)

@@ -6,7 +6,7 @@ gradients of the results, and writes the gradients of the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -32,11 +32,16 @@ def forward_cost(op: Op, inputs: Mapping[str, Any]) -> tuple[int, int]:
     return size, flops
 
 
-def training_cost(op: Op, inputs: Mapping[str, Any], outputs: list[Tensor]) -> tuple[int, int]:
-    """Least (bytes, flops) of a forward and backward pass; elementwise flops count twice again."""
-    size, flops = op.cost(**inputs)
+def backward_cost(op: Op, inputs: Mapping[str, Any], outputs: Sequence[Tensor]) -> tuple[int, int]:
+    """Least (bytes, flops) of a backward pass; elementwise flops count twice again."""
+    size = sum(output.nbytes for output in outputs)
     for name, value in inputs.items():
         if isinstance(value, Tensor) and name not in PASSED_ON.get(op.name, ()):
             size += value.nbytes * (2 if value.requires_grad else 1)
-    size += sum(output.nbytes for output in outputs)
-    return size, int(flops * (1 + PRODUCTS.get(op.name, 2.0)))
+    return size, int(op.cost(**inputs)[1] * PRODUCTS.get(op.name, 2.0))
+
+
+def training_cost(op: Op, inputs: Mapping[str, Any], outputs: Sequence[Tensor]) -> tuple[int, int]:
+    """Least (bytes, flops) of a forward and backward pass."""
+    forward, backward = op.cost(**inputs), backward_cost(op, inputs, outputs)
+    return forward[0] + backward[0], forward[1] + backward[1]

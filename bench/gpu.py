@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 import torch
 
 from . import ops, train_step
-from .predictions import predicted_seconds
+from .roofline import predicted_seconds
 from .timing import describe, machine, markdown
 
 ROOT = Path(__file__).parents[1]
@@ -163,7 +163,7 @@ def report(
         "## Predicted against measured",
         "Predicted is a roofline of the least bytes and flops at the published peaks of the "
         "device: what a perfect kernel would take, no measurement."
-        + ("" if predictions else " There are no peaks of this device in `bench/predictions.py`."),
+        + ("" if predictions else " There are no peaks of this device in `bench/roofline.py`."),
         markdown(predictions, PREDICTED),
     ]
     (out / "gpu.md").write_text("\n\n".join(sections) + "\n")

@@ -84,6 +84,12 @@ def repair() -> None:
     builder.create_dot, builder.binary_op, builder.unary_op = dot_product, binary, unary
     if not hasattr(builder, "create_descriptor_reduce"):
         builder.create_descriptor_reduce = _descriptor_add
+    if not hasattr(builder, "get_bf16"):
+        builder.get_bf16 = _bfloat16_constant
+
+
+def _bfloat16_constant(self: Any, value: float) -> TensorHandle:
+    return TensorHandle(to_bfloat16_bits(np.array([value], dtype=np.float32)), tl.bfloat16)
 
 
 def _descriptor_add(self: Any, kind: Any, descriptor: Any, value: Any, indices: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from bench import gpu
 from bench.gpu import Step
-from bench.predictions import PEAKS, predicted_seconds
+from bench.roofline import GPUS, predicted_seconds
 
 FACTS = {"device": "NVIDIA H100 80GB HBM3", "threads": 8, "torch": "2.13.0"}
 
@@ -91,11 +91,11 @@ def test_report_of_steps_that_end_differently(tmp_path: Path) -> None:
     (row,) = content["predicted"]
     assert row["work"] == "ema_update ragged float32"
     (timed,) = [r for r in content["ops"] if r["kind"] == "ours"]
-    assert row["predicted ms"] == pytest.approx(1e3 * timed["bytes"] / PEAKS["H100"][0])
+    assert row["predicted ms"] == pytest.approx(1e3 * timed["bytes"] / GPUS["H100"].bandwidth)
 
 
 def test_predictions_are_the_larger_bound() -> None:
-    bandwidth, rate = PEAKS["H100"]
+    bandwidth, rate = GPUS["H100"].bandwidth, GPUS["H100"].flops
     assert predicted_seconds("NVIDIA H100 PCIe", int(bandwidth), 0) == pytest.approx(1)
     assert predicted_seconds("NVIDIA H100 PCIe", 0, int(3 * rate)) == pytest.approx(3)
     assert predicted_seconds("Unknown", 1, 1) is None

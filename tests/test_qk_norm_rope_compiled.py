@@ -9,12 +9,14 @@ import torch
 from emulator import emulated
 from torch import Tensor
 
-from bench.compiled import TARGETS, Code, access_bits, inspect
+from bench.compiled import inspect
+from bench.gates import GATED as TARGETS
+from bench.gates import failures, row_of
 from bench.parity import FLOAT32_TOLERANCE, relative_rms, run
 from kernels import OPS
 from kernels.adaln_attention import qk_norm_rope as module
 from kernels.adaln_attention.qk_norm_rope import qk_norm_rope
-from kernels.launch import Launch, intercepted, is_amd
+from kernels.launch import Launch, intercepted
 from kernels.registry import FLOATS
 
 pytestmark = pytest.mark.static
@@ -22,8 +24,6 @@ pytestmark = pytest.mark.static
 OP = OPS["qk_norm_rope"]
 NAMES = ["qk_norm_rope_kernel", "qk_norm_rope_backward_kernel", "weight_gradients_kernel"]
 SHAPE_7B: dict[str, Any] = {"B": 1, "L": 3, "N": 32, "K": 128}
-# Per lane at 32 heads of 128 in bfloat16; up to 64 a multiprocessor of AMD is full.
-FORWARD_REGISTERS, FORWARD_REGISTERS_AMD, BACKWARD_REGISTERS = 48, 64, 104
 BFLOAT16_TOLERANCE = 5e-3  # twice the rounding of one result
 
 
@@ -37,32 +37,17 @@ def launches(target: str, inputs: dict[str, Any]) -> list[Launch]:
     return found
 
 
-def codes(target: str, inputs: dict[str, Any]) -> list[Code]:
-    found = [inspect(launch) for launch in launches(target, inputs)]
-    assert [code.kernel for code in found] == NAMES
-    return found
-
-
-def assert_sound(code: Code, label: str) -> None:
-    """Whole code without spills, and all heads, cosines and weights move in 128-bit accesses."""
-    assert code.instructions >= 100, label
-    assert code.spills == 0, f"{label}: {code.spills} spills at {code.registers} registers"
-    narrow = {name for name in code.accesses if access_bits(name) < 128}
-    sums = {name for name in narrow if "STG" in name or "store" in name}  # a line per program
-    assert code.kernel in NAMES[1:] or not sums, f"{label}: {sums}"
-    assert narrow == sums, f"{label}: {narrow - sums}"
+def broken(target: str, inputs: dict[str, Any]) -> list[str]:
+    """Gates that the launches of a forward and a backward pass break."""
+    found = launches(target, inputs)
+    assert [launch.kernel.__name__ for launch in found] == NAMES
+    return [text for launch in found for text in failures(row_of(launch, inspect(launch)))]
 
 
 @pytest.mark.parametrize("M", [None, 2], ids=["self", "cross"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_registers_of_the_7b_model(target: str, M: int | None) -> None:
-    forward, backward, sums = codes(target, OP.inputs(dtype=torch.bfloat16, M=M, **SHAPE_7B))
-    for code in (forward, backward, sums):
-        print(code.kernel, target, code.registers, code.shared_bytes, code.accesses)
-        assert_sound(code, f"{code.kernel} on {target}")
-    assert forward.registers <= (FORWARD_REGISTERS_AMD if is_amd(target) else FORWARD_REGISTERS)
-    assert backward.registers <= BACKWARD_REGISTERS
-    assert forward.shared_bytes == 0
+def test_code_of_the_7b_model(target: str, M: int | None) -> None:
+    assert not broken(target, OP.inputs(dtype=torch.bfloat16, M=M, **SHAPE_7B))
 
 
 @pytest.mark.slow
@@ -71,8 +56,7 @@ def test_registers_of_the_7b_model(target: str, M: int | None) -> None:
 def test_every_variant(target: str, name: str) -> None:
     case = OP.cases[name]
     for dtype in case.dtypes:
-        for code in codes(target, OP.inputs(dtype=dtype, **case.options)):
-            assert_sound(code, f"{code.kernel} on {target}, {name} in {dtype}")
+        assert not broken(target, OP.inputs(dtype=dtype, **case.options)), dtype
 
 
 @pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)

@@ -39,10 +39,11 @@ def adaln_modulate_inputs(
     L: int = 77,
     D: int = 96,
     position: str | None = "LD",
+    vector_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Tokens that open a block; a positional embedding is one for all ("LD") or one per sample."""
     shape = {"LD": (L, D), "BLD": (B, L, D)}
-    modulation = _modulation(B, D, dtype, device)
+    modulation = _modulation(B, D, vector_dtype or dtype, device)
     return {
         "x_BLD": _leaf(B, L, D, dtype=dtype, device=device),
         "shift_BD": modulation["shift_BD"],
@@ -58,9 +59,10 @@ def residual_adaln_modulate_inputs(
     B: int = 2,
     L: int = 77,
     D: int = 96,
+    vector_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """A sublayer's output on its way into the next; gate, shift, scale of two projections."""
-    before, after = (_modulation(B, D, dtype, device) for _ in range(2))
+    before, after = (_modulation(B, D, vector_dtype or dtype, device) for _ in range(2))
     return {
         "x_BLD": _leaf(B, L, D, dtype=dtype, device=device),
         "y_BLD": _leaf(B, L, D, dtype=dtype, device=device),
@@ -78,12 +80,13 @@ def gated_residual_inputs(
     L: int = 77,
     D: int = 96,
     addend: bool = True,
+    vector_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """The end of a block, with or without a control residual."""
     return {
         "x_BLD": _leaf(B, L, D, dtype=dtype, device=device),
         "y_BLD": _leaf(B, L, D, dtype=dtype, device=device),
-        "gate_BD": _modulation(B, D, dtype, device)["gate_BD"],
+        "gate_BD": _modulation(B, D, vector_dtype or dtype, device)["gate_BD"],
         "addend_BLD": _leaf(B, L, D, dtype=dtype, device=device) if addend else None,
     }
 

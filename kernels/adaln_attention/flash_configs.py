@@ -51,7 +51,7 @@ _HOPPER = {
     32: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 2), Config(128, 64, 8, 2), True, True),
     64: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 2), Config(128, 64, 8, 2), True, True),
     128: Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 2), Config(128, 64, 8, 2), True, True),
-    256: Configs(Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(128, 32, 8, 2), True, True),
+    256: Configs(Config(128, 32, 8, 3), Config(16, 64, 8, 2), Config(128, 32, 8, 2), True, True),
 }
 # The accumulators of larger tiles do not fit the 512 columns of tensor memory.
 _BLACKWELL = {
