@@ -36,14 +36,16 @@ demo: setup
 	@echo "  .venv/bin/python train.py --config=configs/config_train.py --dryrun -- experiment=demo_edge               # see every option"
 	@echo "  make test"
 
-# Two sessions: Triton decides at import whether kernels are interpreted or compiled.
+# Two sessions: Triton decides at import whether kernels are interpreted or compiled. One process per
+# core, with one thread each.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --numprocesses auto --dist worksteal
 test: setup-test
-	TRITON_INTERPRET=1 .venv/bin/python -m pytest -q -m "not static and not slow and not gpu"
-	.venv/bin/python -m pytest -q -m "static and not slow"
+	TRITON_INTERPRET=1 $(PYTEST) -m "not static and not slow and not gpu"
+	$(PYTEST) -m "static and not slow"
 
 test-all: setup-test
-	TRITON_INTERPRET=1 .venv/bin/python -m pytest -q -m "not static and not gpu"
-	.venv/bin/python -m pytest -q -m static
+	TRITON_INTERPRET=1 $(PYTEST) -m "not static and not gpu"
+	$(PYTEST) -m static
 
 # On a machine with a GPU and no network: nothing is set up, the environment that is there is used.
 gpu:

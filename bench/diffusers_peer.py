@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -11,15 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transfer1.diffusion.condition import Condition
-from transfer1.interop.diffusers import diffusers_arguments, to_diffusers
-from transfer1.model.dit import DiT
-
-
-def all_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Constructor arguments of a DiT with its defaults filled in."""
-    parameters = inspect.signature(DiT).parameters
-    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    return {**defaults, **arguments}
+from transfer1.interop.diffusers import all_arguments, diffusers_arguments, to_diffusers
 
 
 def their_network(arguments: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> Any:

@@ -13,6 +13,7 @@ from configs import (
     experiments,
     fsdp,
     kernel_choice,
+    lora,
     net,
     optimizer,
     scheduler,
@@ -39,6 +40,7 @@ DEFAULTS = [
     {"ckpt_klass": "multi_rank"},
     {"tokenizer": "vae1"},
     {"kernels": "auto"},
+    {"lora": None},
     {"experiment": None},
 ]
 
@@ -59,6 +61,7 @@ def register_configs() -> None:
         checkpoint,
         tokenizer,
         kernel_choice,
+        lora,
         experiments,
     ):
         family.register()

@@ -34,12 +34,12 @@ def leaves(config: Config) -> golden_config.Leaves:
 
 
 def test_golden_root(golden: dict[str, Any]) -> None:
-    """Every field of the root before composition, and the defaults list with `kernels` added."""
+    """Every field of the root before composition; `kernels` and `lora` are new in the defaults."""
     original = golden["base_config_before_override"]
     *groups, experiment = original.pop("defaults")
     original["model"].pop("ema")  # repeated by the default option of group `ema`
     ours: Any = OmegaConf.to_container(OmegaConf.structured(make_config()))
-    assert ours.pop("defaults") == [*groups, {"kernels": "auto"}, experiment]
+    assert ours.pop("defaults") == [*groups, {"kernels": "auto"}, {"lora": None}, experiment]
     for name in ("path", "path_local"):  # properties of the original's job
         ours["job"].pop(name)
     actual = dict(golden_config.leaves(ours))

@@ -29,6 +29,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "transfer1.model": ("kernels", *LEAVES, "transfer1.config", "transfer1.interop.keys"),
     "transfer1.training": ("kernels", "transfer1"),
     "transfer1": (),
+    "transfer1.plan": ("transfer1",),
     "configs": ("configs", "kernels", "transfer1"),
     "train": ("transfer1", "configs"),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,12 +13,16 @@ HEAD_SIZES = (32, 64, 96, 128, 256)
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of one kernel: query rows, key rows, warps, stages of the software pipeline."""
+    """Tile of one kernel: query rows, key rows, warps, stages of the software pipeline.
+
+    With `max_registers` ptxas takes as many as it needs; without, it may spill to need fewer.
+    """
 
     block_l: int
     block_m: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,5 +98,8 @@ def configs_for(target: str, dtype: torch.dtype, head_size: int) -> Configs:
 def _float32(width: int, amd: bool) -> Configs:
     """Products of float32 take operands from registers: small tiles, and smaller for wide heads."""
     block = 16 if width > 128 else 32
-    config = Config(block, block, num_warps=4 if amd else 8, num_stages=1)
-    return Configs(config, config, config)
+    warps = 4 if amd else 8
+    config = Config(block, block, warps, num_stages=1, max_registers=255)
+    # Heads of 96 in tiles of 128 leave no registers for more keys.
+    forward = replace(config, block_m=16) if width == 128 and not amd else config
+    return Configs(forward, config, config)

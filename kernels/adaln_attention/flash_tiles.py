@@ -119,6 +119,7 @@ def launch_tiles(
         device=device,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        max_registers=config.max_registers,
         fused_multiply_add=True,
     )
 

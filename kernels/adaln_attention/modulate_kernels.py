@@ -20,7 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import target_of
 from .rows import (
+    WIDE,
     backward_rows,
     column_sum,
     forward_rows,
@@ -77,20 +79,26 @@ def modulate_backward_kernel(
     dh_ptr, dtotal_ptr, total_ptr, mean_ptr, rstd_ptr, scale_ptr, y_ptr, gate_ptr,
     dx_ptr, dy_ptr, parts_ptr,
     gate_stride, scale_stride, L, rows,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
     """Some rows of one sample: dx, dy and partial sums [2 or 3, B, P, D] of the vectors' gradients.
 
     Without y there is no dy and no gate; dtotal, the gradient of x' itself, may be missing too.
+    With RELOAD scale and gate come from the cache for every row: beside the sums, wide rows leave
+    no registers for them.
     """
     program = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
-    scale = load_row(scale_ptr + batch * scale_stride, columns, D, BLOCK_D) + 1.0
+    scale_ptr += batch * scale_stride
+    if not RELOAD:
+        scale = load_row(scale_ptr, columns, D, BLOCK_D) + 1.0
     shift_sum = tl.zeros([BLOCK_D], tl.float32)
     scale_sum = tl.zeros([BLOCK_D], tl.float32)
     if y_ptr is not None:
-        gate = load_row(gate_ptr + batch * gate_stride, columns, D, BLOCK_D)
+        gate_ptr += batch * gate_stride
+        if not RELOAD:
+            gate = load_row(gate_ptr, columns, D, BLOCK_D)
         gate_sum = tl.zeros([BLOCK_D], tl.float32)
 
     first = program * rows
@@ -102,6 +110,8 @@ def modulate_backward_kernel(
         dh = load_row(dh_ptr + row * D, columns, D, BLOCK_D)
         shift_sum += dh
         scale_sum += dh * normed
+        if RELOAD:
+            scale = load_row(scale_ptr, columns, D, BLOCK_D) + 1.0
         dnormed = dh * scale
         mean = tl.sum(dnormed) * (1.0 / D)
         slope = tl.sum(dnormed * normed) * (1.0 / D)
@@ -111,6 +121,8 @@ def modulate_backward_kernel(
         store_row(dx_ptr + row * D, columns, dx, D, BLOCK_D)
         if y_ptr is not None:
             gate_sum += dx * load_row(y_ptr + row * D, columns, D, BLOCK_D)
+            if RELOAD:
+                gate = load_row(gate_ptr, columns, D, BLOCK_D)
             store_row(dy_ptr + row * D, columns, dx * gate, D, BLOCK_D)
 
     samples = tl.num_programs(1)
@@ -160,7 +172,7 @@ def modulate_forward(
             "y_L": L if y is not None and y.dim() == 3 else 0,
             "eps": eps,
         },
-        warp_width=512,
+        warp_width=512 if x_BLD.shape[2] <= WIDE else 256,
         max_registers=FORWARD_REGISTERS if x_BLD.itemsize == 2 else None,
     )
     return total, h_BLD, mean_BL, rstd_BL
@@ -184,6 +196,13 @@ def modulate_backward(
     gate_BD = None if gate_BD is None else row_vectors(gate_BD)
     scale_BD = row_vectors(scale_BD)
     B, L, D = total_BLD.shape
+    wide_float32 = D > WIDE and total_BLD.dtype == torch.float32
+    if wide_float32:  # vectors of 16 bits would lie in other lanes than the rows
+        scale_BD = scale_BD.float()
+        gate_BD = None if gate_BD is None else gate_BD.float()
+    # Found by compiling: such rows leave registers enough if the next one lies in shared memory.
+    target = target_of(total_BLD.device)
+    ahead = wide_float32 and D % 4 == 0 and target.startswith(("sm_9", "sm_10"))
     rows = backward_rows(L)
     dx_BLD = torch.empty_like(total_BLD)
     dy = torch.empty_like(y_BLD) if y_BLD is not None else total_BLD.new_empty(0)
@@ -206,8 +225,10 @@ def modulate_backward(
             "parts_ptr": parts,
             "gate_stride": 0 if gate_BD is None else gate_BD.stride(0),
             "scale_stride": scale_BD.stride(0),
+            "RELOAD": D > WIDE,
         },
-        warp_width=256,
+        warp_width=512 if ahead else 256,
+        ahead=ahead,
         max_registers=BACKWARD_REGISTERS,
     )
     return dx_BLD, dy, column_sum(parts, vector_dtype)

@@ -136,6 +136,8 @@ def _backward(
         },
         device=device,
         num_warps=_warps(q_BLNK),
+        # Every lane has a token of its own then; without a word, ptxas spills to get below 80.
+        max_registers=96 if blocks["BLOCK_T"] > 1 else None,
     )
     launch(
         weight_gradients_kernel,

@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels.launch import is_amd, launch, target_of
 from kernels.registry import FLOATS
 
+WIDE = 4096  # elements of a row from which on the registers of 16 warps are too few
 MAX_WIDTH = 8192  # a row is held in the registers of one program
 FORWARD_ROWS = 64  # reads of shift, scale, gate are then below 1/20 of all bytes
 BACKWARD_ROWS = 8  # at least: partial sums of fewer rows would cost more than they save
@@ -81,10 +82,12 @@ def launch_rows(
     *,
     warp_width: int,
     max_registers: int | None = None,
+    ahead: bool = False,
 ) -> None:
     """Launch a kernel over blocks of `rows` rows of every sample.
 
-    On NVIDIA GPUs the next row is copied to shared memory while the present one is worked on.
+    On NVIDIA GPUs the next row is copied to shared memory while the present one is worked on, but
+    not where rows are wide: then it would take more shared memory than some have.
 
     Args:
         kernel: takes L, rows, D, BLOCK_D, STAGES and further arguments.
@@ -93,11 +96,16 @@ def launch_rows(
         arguments: the further arguments.
         warp_width: elements of a row per warp; 512 at least where a warp has 64 lanes.
         max_registers: see `launch`; wider rows than 4096 and rows with a mask need more.
+        ahead: copy the next row ahead though rows are wide.
     """
     B, L, D = x_BLD.shape
     amd = is_amd(target_of(x_BLD.device))
     block = triton.next_power_of_2(D)
-    warps = block // (max(warp_width, 512) if amd else warp_width)
+    most = 16 if amd else 32
+    warps = min(max(block // (max(warp_width, 512) if amd else warp_width), 1), most)
+    most_registers = min(255, 2048 // warps)  # as many as there are: without a word, ptxas spills
+    if max_registers and D == block <= WIDE:
+        most_registers = max_registers
     launch(
         kernel,
         (triton.cdiv(L, rows), B),
@@ -107,11 +115,11 @@ def launch_rows(
             "rows": rows,
             "D": D,
             "BLOCK_D": block,
-            "STAGES": 1 if amd else 2,
+            "STAGES": 2 if (ahead or D <= WIDE) and not amd else 1,
         },
         device=x_BLD.device,
-        num_warps=min(max(warps, 1), 16),
-        max_registers=max_registers if D == block <= 4096 else None,
+        num_warps=warps,
+        max_registers=most_registers,
     )
 
 

@@ -83,6 +83,7 @@ class ModelConfig:
     hint_key: HintKeyConfig | None = None
     base_load_from: BaseLoadConfig | None = attrs.field(factory=BaseLoadConfig)
     finetune_base_model: bool = False  # train the base too
+    lora: Any = node()  # adapters in place of the weights; null trains the weights
     ema: Any = node()
     sde: Any = node()  # distribution of noise levels
     sigma_data: float = 0.5  # standard deviation of latents; they are scaled by it

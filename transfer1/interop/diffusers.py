@@ -11,12 +11,15 @@ batch, the frame mask as `condition_mask`, and control residuals as a list with 
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from transfer1.model.dit import DiT
 
 # Our name <-> theirs. {i} is a block; groups of alternatives correspond in order.
 _SINGLE = {
@@ -120,6 +123,13 @@ _FIXED: dict[str, Any] = {
     "additional_timestamp_channels": None,
     "add_augment_sigma_embedding": False,
 }
+
+
+def all_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor arguments of a `DiT` with its defaults filled in."""
+    parameters = inspect.signature(DiT).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    return {**defaults, **{name: arguments[name] for name in arguments if name != "_target_"}}
 
 
 def diffusers_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:

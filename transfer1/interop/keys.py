@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ RELEASED = (EXTRA_STATE, COMPILED, CONDITIONER)
 
 # Keys that a file may lack.
 FRESH_LOG_VARIANCE = Rule("log-variance head, starts afresh", r"^logvar\.")
+FRESH_ADAPTER = Rule("adapters, start without effect", r"\.lora_(A\.weight|B\.weight|alpha)$")
 POSITION_INDEX = Rule("position index, the same in every network", r"\bpos_embedder\.seq$")
 
 
@@ -236,8 +237,19 @@ SPLIT_AXES = {
 }
 
 
-def merge_tensor_parallel(shards: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def split_axis(key: str) -> int | None:
+    """The axis along which a weight is split over tensor-parallel ranks; None: it is replicated."""
+    return next((axis for end, axis in SPLIT_AXES.items() if key.endswith(end)), None)
+
+
+def merge_tensor_parallel(
+    shards: Sequence[Mapping[str, Tensor]], cat: Callable[..., Tensor] = torch.cat
+) -> dict[str, Tensor]:
     """Join the state dicts of all tensor-parallel ranks, given in the order of ranks.
+
+    Args:
+        shards: one state dict per rank.
+        cat: joins a sequence of tensors along `dim`.
 
     Raises:
         ValueError: shards with different keys, or whose replicated tensors differ.
@@ -253,9 +265,9 @@ def merge_tensor_parallel(shards: Sequence[Mapping[str, Tensor]]) -> dict[str, T
                 f"{_some(sorted(shard.keys() ^ first.keys()))}"
             )
     for key, tensor in first.items():
-        axis = next((axis for end, axis in SPLIT_AXES.items() if key.endswith(end)), None)
+        axis = split_axis(key)
         if axis is not None:
-            merged[key] = torch.cat([shard[key] for shard in shards], dim=axis)
+            merged[key] = cat([shard[key] for shard in shards], dim=axis)
             continue
         if isinstance(tensor, Tensor) and any(
             not torch.equal(shard[key], tensor) for shard in shards

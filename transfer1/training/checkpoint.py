@@ -9,13 +9,14 @@ from typing import Any, Protocol
 
 from loguru import logger
 
+from transfer1.interop.files import save_atomically
+
 from .callback import CallBackGroup
 from .checkpoint_file import (
     CheckpointError,
     fit_weights,
     from_layout,
     read_checkpoint,
-    save_atomically,
     snapshot,
     to_layout,
 )

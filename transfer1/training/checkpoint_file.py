@@ -8,58 +8,30 @@ ema_updates, skipped, skipped_in_a_row and the table of kernels.
 
 from __future__ import annotations
 
-import os
 import pickle
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
 import torch
 from loguru import logger
-from omegaconf import DictConfig, ListConfig
-from omegaconf.base import ContainerMetadata, Metadata
-from omegaconf.nodes import AnyNode
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from transfer1.config import ConfigError
 from transfer1.interop import keys
+from transfer1.interop.files import REFERENCE_TYPES
 
 from .shards import gather, is_sharded
 
-# What files of the original hold besides tensors and plain values: a list of its configuration
-# (the betas in the optimizer's group) drags these containers along. Building them runs no code.
-REFERENCE_TYPES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    ListConfig,
-    DictConfig,
-    ContainerMetadata,
-    Metadata,
-    AnyNode,
-    Any,
-    defaultdict,
-    *(list, dict, int, float, str, bool),
-]
 LAYOUT = ("model", "optimizer", "scheduler", "grad_scaler", "iteration")
 MODEL_LAYOUT = ("model", "ema", "trained_data_record")
 
 
 class CheckpointError(ConfigError):
     """A checkpoint that cannot be read; the message names the file and what to do."""
-
-
-def save_atomically(content: Any, path: Path) -> None:
-    """`torch.save` under a temporary name, flushed to the disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def snapshot(value: Any, keep: bool = True) -> Any:
@@ -167,6 +139,8 @@ def fit_weights(
 ) -> dict[str, Tensor]:
     """Return a full state dict for `model` made of `weights`.
 
+    Adapters may be absent, all of them together: they start without effect.
+
     Not strict: entries that are missing or of another shape keep the values of the model, unknown
     ones are left out; all of them are logged.
 
@@ -176,6 +150,11 @@ def fit_weights(
     own = model.state_dict()
     unexpected = sorted(weights.keys() - own.keys())
     missing = sorted(own.keys() - weights.keys())
+    adapters = [name for name in missing if re.search(keys.FRESH_ADAPTER.pattern, name)]
+    if len(adapters) == sum(bool(re.search(keys.FRESH_ADAPTER.pattern, name)) for name in own):
+        missing = [name for name in missing if name not in adapters]
+        if adapters:
+            logger.info(f"{source}: {len(adapters)} absent ({keys.FRESH_ADAPTER.name})")
     shapes = [
         f"{name} {tuple(weights[name].shape)} where the model has {tuple(own[name].shape)}"
         for name in sorted(own.keys() & weights.keys())

@@ -173,6 +173,8 @@ class Trainer:
         Buffers (rotary positions, frequencies) stay in float32 whatever the precision.
         """
         model = instantiate(self.config.model_obj, config=self.config, ops=self.ops)
+        if self.config.model.lora is not None:
+            instantiate(self.config.model.lora, model=model)
         memory_format = getattr(torch, self.config.trainer.memory_format.removeprefix("torch."))
         model.to(device=self.device, memory_format=memory_format)
         for parameter in model.parameters():
