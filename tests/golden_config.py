@@ -102,6 +102,8 @@ ADDED = {
     "checkpoint.type.folder": (UNSET, RUN_TIME),
     "checkpoint.type.callbacks": (UNSET, RUN_TIME),
     "checkpoint.type._target_": (TARGETS["MultiRankCheckpointer"], "see DROPPED"),
+    "model.fsdp.reduce_dtype": ("float32", "in which gradients are summed"),
+    "model.fsdp.cpu_offload": (False, "shards stay on the host"),
     "kernels.device": (UNSET, RUN_TIME),
     "kernels._target_": ("kernels.select", NEW),
     "kernels.default": ("auto", NEW),

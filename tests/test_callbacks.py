@@ -18,6 +18,7 @@ from transfer1.config import LazyCall, LazyDict
 from transfer1.training.callback import HOOKS, Callback, CallBackGroup, EveryN, build_callbacks
 from transfer1.training.callbacks import GradClip, IterSpeed, LowPrecision, ProgressBar
 from transfer1.training.metrics import Metrics, read_metrics
+from transfer1.training.processes import Processes
 
 MODULE = "transfer1.training.callbacks"
 
@@ -134,7 +135,9 @@ def test_iter_speed_logs_the_first_updates_and_then_every_n_th() -> None:
 
 
 def steps(callback: ProgressBar, count: int) -> None:
-    callback.trainer = trainer(max_iter=count, metrics=trainer(latest={"loss": 0.25}))
+    callback.trainer = trainer(
+        max_iter=count, metrics=trainer(latest={"loss": 0.25}), processes=Processes()
+    )
     callback.on_train_start(None, 0)
     for iteration in range(1, count + 1):
         callback.on_training_step_end(None, {}, None, torch.zeros(()), iteration)

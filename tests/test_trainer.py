@@ -314,9 +314,14 @@ def test_a_loader_without_batches_is_named(tmp_path: Path) -> None:
         ("trainer.grad_accum_iter=0", "trainer.grad_accum_iter=0: give 1 or more"),
         ("checkpoint.type=null", "ckpt_klass=multi_rank"),
         ("model.precision=float16", "choose float32 or bfloat16"),
-        ("model_parallel.tensor_model_parallel_size=2", "tensor_model_parallel_size=2"),
-        ("model_parallel.context_parallel_size=2", "context_parallel_size=2"),
-        ("model_parallel.sequence_parallel=true", "sequence_parallel=True"),
+        ("model_parallel.tensor_model_parallel_size=2", "2 processes share .* but 1 were started"),
+        ("model_parallel.tensor_model_parallel_size=2", "_size=2: .*=ddp .* set fsdp=full"),
+        ("model_parallel.context_parallel_size=2", "context_parallel_size=2: .* multiple of 2"),
+        ("model_parallel.sequence_parallel=true", "sequence_parallel=True: not built yet"),
+        ("model.fsdp_enabled=true", "fsdp_enabled=True: trainer.distributed_parallelism=ddp"),
+        ("model.fsdp.policy=size", "policy=size: give block"),
+        ("model.fsdp.checkpoint=true", "checkpoint=True: set model.net.activation_checkpoint"),
+        ("model.fsdp.sharding_strategy=half", "strategy=half: choose full or hybrid"),
         ("checkpoint.keys_not_to_resume=[weights]", "unknown weights"),
         ("trainer.callbacks.grad_clip.clip_norm=0", "must be positive"),
         ("trainer.callbacks.grad_clip.model_key=net", "model_key='net'"),
@@ -329,12 +334,6 @@ def test_what_this_trainer_cannot_do_is_refused(
     with pytest.raises(ValueError, match=message):
         Trainer(tiny_config(tmp_path, override))
     assert not tmp_path.joinpath("stdout.log").exists()
-
-
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="WORLD_SIZE=2"):
-        Trainer(tiny_config(tmp_path))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -29,6 +29,8 @@ CHOICES = {
     "trainer.device": ("auto", "cuda", "cpu"),
     "trainer.distributed_parallelism": ("ddp", "fsdp"),
     "trainer.non_finite": ("skip", "zero"),
+    "model.fsdp.sharding_strategy": ("full", "hybrid"),
+    "model.fsdp.reduce_dtype": ("float32", "bfloat16"),
 }
 # Key -> least value, largest value (None: no bound).
 BOUNDS: dict[str, tuple[float, float | None]] = {
@@ -95,6 +97,7 @@ def values(config: Config) -> Problems:
             float("inf") if most is None else most
         ):
             yield f"{key}={value}: give {_bounds(least, most)}"
+    yield from sharding(config)
     for name in config.checkpoint.keys_not_to_resume:
         if name not in RESUMABLE:
             yield (
@@ -106,6 +109,29 @@ def values(config: Config) -> Problems:
     low, high = _get(config, "model.sde.sigma_min"), _get(config, "model.sde.sigma_max")
     if low is not None and high is not None and low >= high:
         yield f"model.sde.sigma_min={low}: give less than model.sde.sigma_max={high}"
+
+
+def sharding(config: Config) -> Problems:
+    """Options of FSDP that do not fit each other or the number of processes."""
+    options, mode = config.model.fsdp, config.trainer.distributed_parallelism
+    if config.model.fsdp_enabled and mode != "fsdp":
+        yield (
+            f"model.fsdp_enabled=True: trainer.distributed_parallelism={mode}; set both with the "
+            "group fsdp=full, or it to false"
+        )
+    if options.policy != "block":
+        yield f"model.fsdp.policy={options.policy}: give block; a transformer block is one unit"
+    if options.checkpoint:
+        yield (
+            "model.fsdp.checkpoint=True: set model.net.activation_checkpoint=block (and that of "
+            "model.net_ctrl) instead, and it to false"
+        )
+    size, world = options.sharding_group_size, int(os.environ.get("WORLD_SIZE", "1"))
+    if mode == "fsdp" and options.sharding_strategy == "hybrid" and (size < 1 or world % size):
+        yield (
+            f"model.fsdp.sharding_group_size={size}: give a divisor of the {world} processes, or "
+            "model.fsdp.sharding_strategy=full"
+        )
 
 
 def networks(config: Config) -> Problems:

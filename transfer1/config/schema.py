@@ -46,13 +46,15 @@ class BaseLoadConfig:
 
 @attrs.define(slots=False)
 class FSDPConfig:
-    """How parameters are sharded."""
+    """How parameters are sharded (FSDP2); counts with trainer.distributed_parallelism=fsdp."""
 
-    policy: str = "block"  # what is one unit
-    checkpoint: bool = False
-    min_num_params: int = 1024
-    sharding_group_size: int = 8
-    sharding_strategy: str = "full"
+    policy: str = "block"  # what is one unit: a transformer block
+    checkpoint: bool = False  # the networks have activation_checkpoint
+    min_num_params: int = 1024  # taken for configurations of the original: of its policy "size"
+    sharding_group_size: int = 8  # processes that hold one model; of strategy hybrid
+    sharding_strategy: str = "full"  # over all processes, or hybrid: copies of sharded models
+    reduce_dtype: str = "float32"  # in which gradients are summed
+    cpu_offload: bool = False  # shards and optimizer state stay on the host
 
 
 @attrs.define(slots=False)
@@ -129,7 +131,7 @@ class TrainerConfig:
     type: str = "transfer1.training.trainer.Trainer"  # dotted path of the class that train.py runs
     device: str = "auto"  # auto | cuda | cpu; auto: cuda:LOCAL_RANK where there is one
     callbacks: Any = node()  # name -> LazyCall of a Callback, in the order in which they run
-    distributed_parallelism: str = "ddp"
+    distributed_parallelism: str = "ddp"  # copies of the model, or fsdp: shards of it
     ddp: DDPConfig = attrs.field(factory=DDPConfig)
     cudnn: CuDNNConfig = attrs.field(factory=CuDNNConfig)
     seed: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Iterator, Sized
 from typing import Any, NamedTuple
@@ -45,19 +46,35 @@ class StreamSampler(Sampler[SampleKey]):
         self.shuffle = shuffle
         self.start(seed=0, position=0)
 
-    def start(self, seed: int, position: int) -> None:
-        """Set the seed and the position at which the next iteration begins."""
+    def start(
+        self, seed: int, position: int, replica: int = 0, replicas: int = 1, batch_size: int = 1
+    ) -> None:
+        """Set the seed and the position at which the next iteration begins.
+
+        Of several replicas each gets `batch_size` samples of every `replicas * batch_size`, so that
+        together they see what one sees that takes them all.
+
+        Args:
+            seed: seed of the run.
+            position: number of samples that all replicas together have had.
+            replica: which of them this is.
+            replicas: how many there are.
+            batch_size: samples per batch of one replica.
+        """
         if position < 0:
             raise ValueError(f"StreamSampler.start: position={position}; give 0 or more")
         self.seed, self.position = seed, position
+        self._first, self._global_batch = replica * batch_size, replicas * batch_size
+        self._batch_size = batch_size
 
     def __iter__(self) -> Iterator[SampleKey]:
-        position = self.position
-        while True:
-            epoch, first = divmod(position, self.size)
-            for index in self._order(epoch)[first:]:
-                yield SampleKey(int(index), self.seed, position)
-                position += 1
+        epoch, order = -1, np.empty(0)
+        for batch in itertools.count(self.position + self._first, self._global_batch):
+            for position in range(batch, batch + self._batch_size):
+                if epoch != position // self.size:
+                    epoch = position // self.size
+                    order = self._order(epoch)
+                yield SampleKey(int(order[position % self.size]), self.seed, position)
 
     def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:

@@ -151,7 +151,7 @@ class ProgressBar(Callback):
     def on_train_start(self, model: nn.Module, iteration: int = 0) -> None:
         self._first = iteration
         self._started = self._printed = time.perf_counter()
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and self.trainer.processes.is_main:
             self._bar = self._make_bar(iteration)
 
     def on_training_step_end(
@@ -162,6 +162,8 @@ class ProgressBar(Callback):
         loss: Tensor,
         iteration: int = 0,
     ) -> None:
+        if not self.trainer.processes.is_main:
+            return
         if self._bar:
             self._bar.update(self._task, completed=iteration, loss=self._loss())
             return

@@ -21,6 +21,7 @@ from .checkpoint_file import (
     to_layout,
 )
 from .job import write_atomically
+from .processes import Processes
 from .state import PARTS, TrainState
 
 LATEST = "latest_checkpoint.txt"
@@ -45,9 +46,16 @@ class MultiRankCheckpointer:
         config: the node `checkpoint`.
         folder: where the files of this job lie.
         callbacks: told about every load and save.
+        processes: the main one writes; all of them save and load together.
     """
 
-    def __init__(self, config: CheckpointOptions, folder: Path, callbacks: CallBackGroup):
+    def __init__(
+        self,
+        config: CheckpointOptions,
+        folder: Path,
+        callbacks: CallBackGroup,
+        processes: Processes | None = None,
+    ):
         unknown = sorted(set(config.keys_not_to_resume) - set(PARTS))
         if unknown:
             raise ValueError(
@@ -57,6 +65,7 @@ class MultiRankCheckpointer:
         self.config = config
         self.folder = folder
         self.callbacks = callbacks
+        self.processes = processes or Processes()
         self._writer: _Writer | None = None
 
     def latest(self) -> Path | None:
@@ -78,8 +87,10 @@ class MultiRankCheckpointer:
         self.wait()
         content = to_layout(state.state_dict())
         self.callbacks.on_save_checkpoint(state.model, content)
-        self._writer = _Writer(self.folder, state.iteration, snapshot(content))
-        self._writer.start()
+        copied = snapshot(content, keep=self.processes.is_main)
+        if self.processes.is_main:
+            self._writer = _Writer(self.folder, state.iteration, copied)
+            self._writer.start()
 
     def poll(self) -> None:
         """Report a write that has ended since, without waiting for one that has not.

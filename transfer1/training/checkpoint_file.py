@@ -24,6 +24,8 @@ from transfer1.config import ConfigError
 from transfer1.interop import keys
 from transfer1.interop.files import REFERENCE_TYPES
 
+from .shards import gather, is_sharded
+
 LAYOUT = ("model", "optimizer", "scheduler", "grad_scaler", "iteration")
 MODEL_LAYOUT = ("model", "ema", "trained_data_record")
 
@@ -32,12 +34,24 @@ class CheckpointError(ConfigError):
     """A checkpoint that cannot be read; the message names the file and what to do."""
 
 
-def snapshot(value: Any) -> Any:
-    """Copy nested dicts and lists with their tensors to the host; shared tensors stay shared."""
+def snapshot(value: Any, keep: bool = True) -> Any:
+    """Copy nested dicts and lists with their tensors to the host; shared tensors stay shared.
+
+    Sharded tensors become whole ones, for which all processes call this together.
+
+    Args:
+        value: what to copy.
+        keep: False on processes that only help to gather; tensors are None then.
+    """
     copies: dict[tuple[Any, ...], Tensor] = {}
 
     def copy(item: Any) -> Any:
+        if is_sharded(item):
+            whole = gather(item)
+            return whole.cpu() if keep else None
         if isinstance(item, Tensor):
+            if not keep:
+                return None
             key = (item.data_ptr(), item.dtype, item.shape, item.stride())
             if key not in copies:
                 detached = item.detach()

@@ -43,34 +43,37 @@ def choose_dtype(precision: str) -> torch.dtype:
 
 
 def refuse_parallelism(config: Config) -> None:
-    """Raise ConfigError where a run is meant for several processes: this trainer uses one."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        raise ConfigError(
-            f"WORLD_SIZE={processes}: training with several processes is not built yet; start one "
-            "process with `python train.py ...`"
+    """Raise ConfigError where a run splits the model in a way that this trainer does not."""
+    sizes, problems = config.model_parallel, []
+    tensor, context = sizes.tensor_model_parallel_size, sizes.context_parallel_size
+    if sizes.pipeline_model_parallel_size > 1 or sizes.sequence_parallel:
+        problems.append(
+            f"model_parallel.pipeline_model_parallel_size={sizes.pipeline_model_parallel_size}, "
+            f"model_parallel.sequence_parallel={sizes.sequence_parallel}: not built yet; give 1 "
+            "and false"
         )
-    parallel = config.model_parallel
-    wanted = [
-        f"model_parallel.{name}={size}"
-        for name in (
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "context_parallel_size",
+    group, world = tensor * context, int(os.environ.get("WORLD_SIZE", "1"))
+    if world % group:
+        problems.append(
+            f"model_parallel.tensor_model_parallel_size={tensor}, context_parallel_size={context}: "
+            f"{group} processes share one model, but {world} were started; start a multiple of "
+            f"{group} with torchrun --nproc_per_node, or set both to 1"
         )
-        if (size := getattr(parallel, name)) > 1
-    ]
-    if parallel.sequence_parallel:
-        wanted.append("model_parallel.sequence_parallel=True")
-    if config.trainer.distributed_parallelism != "ddp":
-        wanted.append(f"trainer.distributed_parallelism={config.trainer.distributed_parallelism}")
-    if config.model.fsdp_enabled:
-        wanted.append("model.fsdp_enabled=True")
-    if wanted:
-        raise ConfigError(
-            f"{', '.join(wanted)}: splitting one model over processes is not built yet; set sizes "
-            "to 1, sequence_parallel=false, distributed_parallelism=ddp and fsdp_enabled=false"
+    mode, strategy = config.trainer.distributed_parallelism, config.model.fsdp.sharding_strategy
+    if tensor > 1 and (mode, strategy) != ("fsdp", "full"):
+        problems.append(
+            f"model_parallel.tensor_model_parallel_size={tensor}: trainer.distributed_parallelism="
+            f"{mode} and model.fsdp.sharding_strategy={strategy} cannot be combined with it; set "
+            "fsdp=full"
         )
+    if problems:
+        raise ConfigError("\n  ".join(problems))
+
+
+def sharing_sample(config: Config) -> int:
+    """How many processes work on the same samples."""
+    sizes = config.model_parallel
+    return sizes.tensor_model_parallel_size * sizes.context_parallel_size
 
 
 def set_backend_flags(config: Config, device: torch.device) -> None:

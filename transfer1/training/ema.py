@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kernels import Ops, select
 
 from .optimizer import FusedAdamW
-from .shards import local
+from .shards import local, shard_like
 from .torch_optimizer import TorchAdamW
 
 Optimizer = FusedAdamW | TorchAdamW
@@ -96,7 +96,7 @@ class EMA:
                     f"EMA state {name} has shape {tuple(state[name].shape)}, "
                     f"the parameter {tuple(shadow.shape)}"
                 )
-            shadow.copy_(state[name])
+            shadow.copy_(shard_like(state[name], shadow))
         self.num_updates.copy_(torch.as_tensor(num_updates).reshape(1))
 
     @contextmanager

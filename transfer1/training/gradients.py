@@ -6,14 +6,17 @@ has long arrived, and so never waits for it.
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
+import torch.distributed as dist
 from loguru import logger
 from torch import Tensor
 
 from kernels import Ops
 
 from .ema import Optimizer
-from .shards import local
+from .shards import local_gradient, sharing_groups
 from .state import TrainState
 
 
@@ -38,20 +41,36 @@ class Gradients:
 
     def measure(self) -> None:
         """Look at the gradients as they are now."""
-        self.norm = self._ops.grad_norm(self._list())
+        self.norm = self._global_norm()
         self.found_inf = (~self.norm.isfinite()).to(torch.int32)
         self.lr = self._groups[0]["lr"].clone()
         self.clip_coef = None
 
     def make_finite(self) -> None:
         """Set nan and infinite entries to 0, in place, and measure again."""
-        for gradient in self._list():
+        for gradient in chain(*self._by_layout().values()):
             gradient.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         self.measure()
 
-    def _list(self) -> list[Tensor]:
-        params = (param for group in self._groups for param in group["params"])
-        return [local(param.grad) for param in params if param.grad is not None]
+    def _global_norm(self) -> Tensor:
+        norms = []
+        for groups, gradients in self._by_layout().items():
+            norm = self._ops.grad_norm(gradients)
+            for group in groups:  # of the processes that hold the other parts
+                square = norm.square()
+                dist.all_reduce(square, group=group)
+                norm = square.sqrt()
+            norms.append(norm)
+        return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+
+    def _by_layout(self) -> dict[tuple[dist.ProcessGroup, ...], list[Tensor]]:
+        """The gradients' parts in this process by the groups of processes that share a whole."""
+        found: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
+        for group in self._groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    found.setdefault(sharing_groups(param), []).append(local_gradient(param))
+        return found
 
 
 class SkipCounter:

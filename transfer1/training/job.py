@@ -25,11 +25,13 @@ class JobFolder:
     Args:
         path: `job.path_local`, `<OUTPUT_ROOT or checkpoints>/<project>/<group>/<name>`.
         name: `job.name`.
+        writes: whether this process writes the files; the others only read, and log errors alone.
     """
 
-    def __init__(self, path: str | Path, name: str):
+    def __init__(self, path: str | Path, name: str, writes: bool = True):
         self.path = Path(path)
         self.name = name
+        self.writes = writes
         self.checkpoints = self.path / "checkpoints"
         self.config = self.path / "config.yaml"
         self.log = self.path / "stdout.log"
@@ -51,8 +53,16 @@ class JobFolder:
             write_atomically(self._seed, f"{time.time_ns() // 1000 % 2**32}\n")
         return int(self._seed.read_text())
 
+    def create(self, config: str) -> None:
+        """Make the folder and keep the configuration of this start in it."""
+        if self.writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.config.write_text(config)
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Keep what a finished run printed, and its exit code."""
+        if not self.writes:
+            return
         write_atomically(self._summary, json.dumps(summary, indent=2) + "\n")
 
     def read_summary(self) -> dict[str, Any] | None:
@@ -62,7 +72,10 @@ class JobFolder:
     @contextmanager
     def logging(self) -> Iterator[None]:
         """Write the log to the terminal and, appending, to `stdout.log`."""
-        _log_to_terminal()
+        _log_to_terminal("INFO" if self.writes else "ERROR")
+        if not self.writes:
+            yield
+            return
         handler = logger.add(self.log, format=LOG_FORMAT, level="INFO")
         try:
             yield
@@ -83,14 +96,14 @@ def write_atomically(path: Path, text: str) -> None:
 _terminal_handlers: list[int] = []
 
 
-def _log_to_terminal() -> None:
+def _log_to_terminal(level: str) -> None:
     """Replace loguru's first handler, once, by one that follows `sys.stderr` (a live progress bar
     puts its own stream there, so that log lines appear above the bar)."""
     if _terminal_handlers:
         return
     with suppress(ValueError):  # somebody removed it before
         logger.remove(0)
-    _terminal_handlers.append(logger.add(_write_to_terminal, format=LOG_FORMAT, level="INFO"))
+    _terminal_handlers.append(logger.add(_write_to_terminal, format=LOG_FORMAT, level=level))
 
 
 def _write_to_terminal(line: str) -> None:

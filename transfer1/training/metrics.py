@@ -30,10 +30,12 @@ class Metrics(Callback):
     Args:
         path: the JSONL file. Records after the iteration that a run resumes from are dropped.
         every_n: updates per transfer.
+        writes: whether this process writes them.
     """
 
-    def __init__(self, path: Path, every_n: int = 10):
+    def __init__(self, path: Path, every_n: int = 10, writes: bool = True):
         self.path = path
+        self.writes = writes
         self.every_n = max(1, every_n)
         self.latest: dict[str, float] = {}  # numbers of the last update that was written
         self._terms: dict[str, Tensor] = {}  # sums over the micro-steps of this update
@@ -44,8 +46,9 @@ class Metrics(Callback):
         self._board: Any = None
 
     def on_train_start(self, model: nn.Module, iteration: int = 0) -> None:
-        self._keep_records_until(iteration)
-        self._board = _open_board(self.path.parent / "tensorboard", iteration)
+        if self.writes:
+            self._keep_records_until(iteration)
+            self._board = _open_board(self.path.parent / "tensorboard", iteration)
         self._last_iteration, self._last_time = iteration, time.perf_counter()
 
     def on_training_step_end(
@@ -97,6 +100,8 @@ class Metrics(Callback):
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
         """Append one record, for instance {"val_loss": 0.5}."""
+        if not self.writes:
+            return
         record: dict[str, Any] = {"iteration": iteration}
         record |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         with open(self.path, "a") as file:

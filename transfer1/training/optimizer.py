@@ -12,7 +12,7 @@ from kernels import Ops, select
 from kernels.adamw.bfloat16 import join, split
 
 from .optimizer_state import MOMENTS, check_saved_group, check_saved_state, refuse, saved_step
-from .shards import local, local_gradient, local_master
+from .shards import local, local_gradient, local_master, shard_like, with_local
 
 if TYPE_CHECKING:
     from .ema import EMA
@@ -153,7 +153,8 @@ class FusedAdamW(torch.optim.Optimizer):
         """
         state = self.state.get(param, {})
         if "remainder" in state:
-            return join(param.detach(), state["remainder"])
+            joined = join(local(param.detach()), local(state["remainder"]))
+            return with_local(joined, param)
         return state.get("master", param)
 
     @torch.no_grad()
@@ -313,11 +314,12 @@ class FusedAdamW(torch.optim.Optimizer):
     def _restored(self, param: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state = self._new_state(param)
         for name in state.keys() & tensors.keys():
-            state[name].copy_(tensors[name])
+            state[name].copy_(shard_like(tensors[name], param))
         if "remainder" in state and "master" in tensors:
-            upper, lower = split(tensors["master"].to(param.device))
-            param.copy_(upper)
-            state["remainder"].copy_(lower)
+            master = shard_like(tensors["master"].to(param.device), param)
+            upper, lower = split(local(master))
+            local(param).copy_(upper)
+            local(state["remainder"]).copy_(lower)
         return state
 
 

@@ -100,7 +100,7 @@ class Profiler(Callback):
         if self._profile is None or iteration < self._update:
             return
         self._profile.stop()
-        self._folder.mkdir(exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"iter_{iteration:09d}.json.gz"
         self._profile.export_chrome_trace(str(path))
         self._profile = None

@@ -66,7 +66,9 @@ class HeldOutReport(EveryN):
                 "trainer.callbacks.held_out needs held-out clips: set data_val or dataloader_val"
             )
         self.folder = self.trainer.job.path / "held_out"
-        self.folder.mkdir(exist_ok=True)
+        self.writes = self.trainer.processes.is_main
+        if self.writes:
+            self.folder.mkdir(exist_ok=True)
         batches = (to_device(batch, self.trainer.device) for batch in loader)
         self.clips = prepare(self.trainer.state.model, batches, self.trainer.options)
         saved = self.folder / "scores.json"
@@ -93,7 +95,9 @@ class HeldOutReport(EveryN):
         scores = self._score(iteration)
         checks = verdict(scores)
         self._save(checks)
-        loss_curve(self.trainer.job.metrics, self._means(), path=self.folder / "loss_curve.png")
+        if self.writes:
+            curve = self.folder / "loss_curve.png"
+            loss_curve(self.trainer.job.metrics, self._means(), path=curve)
         self._draw_contact_sheet()
         self.trainer.summary += self._table(iteration) + [
             f"{'ok  ' if passed else 'FAIL'}  {check}" for check, passed in checks.items()
@@ -124,6 +128,8 @@ class HeldOutReport(EveryN):
         return scores
 
     def _save(self, checks: Mapping[str, bool] | None = None) -> None:
+        if not self.writes:
+            return
         content = {
             "clips": [clip.name for clip in self.clips],
             "sigmas": self.sigmas,
@@ -181,7 +187,8 @@ class HeldOutReport(EveryN):
             f"noisy input, sigma {self.picture_sigma:g}",
             "model's x0",
         )
-        contact_sheet(rows, columns, self.folder / "contact_sheet.png")
+        if self.writes:
+            contact_sheet(rows, columns, self.folder / "contact_sheet.png")
 
     def _images(self, clip: Clip) -> list[np.ndarray]:
         trainer = self.trainer

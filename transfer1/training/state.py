@@ -11,6 +11,7 @@ from transfer1.model.transfer import Transfer
 
 from .ema import EMA, Optimizer
 from .schedule import Schedule
+from .shards import shard_like
 
 PARTS = ("model", "optim", "scheduler", "trainer")  # what `checkpoint.keys_not_to_resume` may name
 
@@ -63,7 +64,12 @@ class TrainState:
         A file of the original has neither seed nor samples_seen: those keep their values.
         """
         if "model" in parts:
-            self.model.load_state_dict(state["model"])
+            own = self.model.state_dict()
+            weights = {
+                name: shard_like(value, own[name]) if name in own else value
+                for name, value in state["model"].items()
+            }
+            self.model.load_state_dict(weights)
             self._load_averages(state if "trainer" in parts else {})
         if "optim" in parts:
             self.optimizer.load_state_dict(state["optimizer"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +26,15 @@ from .device import (
     choose_dtype,
     refuse_parallelism,
     set_backend_flags,
+    sharing_sample,
     to_device,
 )
 from .gradients import Gradients, SkipCounter
 from .interrupt import Interrupt
 from .job import JobFolder
 from .metrics import Metrics
+from .parallel import average_terms, distribute, parallel_loss
+from .processes import Processes
 from .profiling import profiling_callbacks
 from .schedule import Schedule
 from .state import TrainState
@@ -69,19 +73,22 @@ class Trainer:
         if config.checkpoint.type is None:
             raise ConfigError("checkpoint.type is not set: choose ckpt_klass=multi_rank")
         self.config = config
-        self.job = JobFolder(config.job.path_local, config.job.name)
+        self.processes = Processes.from_environment(sharing_sample(config))
+        writes = self.processes.is_main
+        self.job = JobFolder(config.job.path_local, config.job.name, writes)
         self.device = choose_device(config.trainer.device)
         self.dtype = choose_dtype(config.model.precision)
         self.max_iter = config.trainer.max_iter
-        self.metrics = Metrics(self.job.metrics, config.trainer.logging_iter)
+        self.metrics = Metrics(self.job.metrics, config.trainer.logging_iter, writes)
         callbacks = build_callbacks(config.trainer.callbacks)
-        callbacks += [self.metrics, *profiling_callbacks(config, self.job.profile)]
+        callbacks += [self.metrics, *profiling_callbacks(config, self._profile_folder())]
         self.callbacks = CallBackGroup(callbacks, self)
         self.checkpointer = instantiate(
             config.checkpoint.type,
             config=config.checkpoint,
             folder=self.job.checkpoints,
             callbacks=self.callbacks,
+            processes=self.processes,
         )
         self.summary: list[str] = []
         self.exit_code = 0
@@ -94,10 +101,14 @@ class Trainer:
             run is saved and the same command resumes it. A finished run prints its summary and
             returns its code again.
         """
-        summary = self.job.read_summary()
+        sharded = self.config.trainer.distributed_parallelism == "fsdp"
+        with self.processes.connected(self.device, alone=sharded):
+            return self._run()
+
+    def _run(self) -> int:
+        summary = self.processes.from_main(self.job.read_summary())
         if summary and summary["iteration"] >= self.max_iter:
             return self._report(summary, finished_before=True)
-        self.job.path.mkdir(parents=True, exist_ok=True)
         with self.job.logging(), Interrupt(self.config.trainer.timeout_period) as self.interrupt:
             try:
                 self.build()
@@ -119,15 +130,23 @@ class Trainer:
         """Build the model (under the seed of the job), loaders, optimizer, schedule and EMA."""
         config = self.config
         set_backend_flags(config, self.device)
-        self.job.config.write_text(to_yaml(config))
-        seed = self.job.first_seed(config.trainer.seed, config.trainer.timestamp_seed)
+        self.job.create(to_yaml(config))
+        seed = self.config.trainer.seed
+        if self.processes.is_main:
+            seed = self.job.first_seed(seed, config.trainer.timestamp_seed)
+        seed = self.processes.from_main(seed)
         logger.info(f"job {self.job.path}, {self.device}, {config.model.precision}, seed {seed}")
+        if self.processes.size > 1:
+            logger.info(
+                f"{self.processes.size} processes, {config.trainer.distributed_parallelism}"
+            )
         self.ops: Ops = instantiate(config.kernels, device=self.device.type)
         table = ", ".join(f"{op}={backend}" for op, backend in self.ops.table.items())
         logger.info(f"kernels: {table}")
 
         torch.manual_seed(seed)
         model = self.build_model()
+        distribute(config, self.processes, model)
         self.options = StepOptions.from_config(config.model, self.dtype)
         self.dataloader_train, self.dataloader_val = self.build_dataloaders()
         self.callbacks.on_optimizer_init_start()
@@ -141,6 +160,9 @@ class Trainer:
             kernels={op: str(backend) for op, backend in self.ops.table.items()},
         )
         self.gradients = Gradients(optimizer, self.ops)
+        self.parallel_loss = parallel_loss(
+            config, self.processes, model, lambda *args: self.compute_loss(*args)
+        )
         self.one_pass = self._takes_one_pass()
         self.skips = SkipCounter(self.state, config.trainer.max_skipped)
         self.callbacks.on_optimizer_init_end()
@@ -192,7 +214,7 @@ class Trainer:
         self._saved_at = state.iteration
         micro_step = 0
         batches = self.batches()
-        while not self.interrupt.signal or micro_step:
+        while micro_step or not self._stops():
             batch = next(batches)
             if state.iteration >= self.max_iter:
                 break
@@ -220,10 +242,8 @@ class Trainer:
             ValueError: the loader gives nothing.
         """
         loader, state = self.dataloader_train, self.state
-        start = getattr(getattr(loader, "sampler", None), "start", None)
-        if start is not None:
-            start(state.seed, state.samples_seen)
-        elif state.samples_seen:
+        starts = self.processes.start_stream(loader, state.seed, state.samples_seen)
+        if state.samples_seen and not starts:
             logger.warning("the sampler of dataloader_train has no start(): the data starts over")
         iterator = iter(loader)
         while True:
@@ -246,11 +266,14 @@ class Trainer:
         micro_steps = self.config.trainer.grad_accum_iter
         data = to_device(batch, self.device)
         callbacks.on_training_step_start(state.model, data, iteration)
-        loss = self.compute_loss(data, self.draws(iteration, micro_step))
-        callbacks.on_before_backward(state.model, loss.total, iteration)
-        (loss.total / micro_steps).backward()
+        with self.parallel_loss.last_backward(micro_step == micro_steps - 1):
+            loss = self.parallel_loss(data, self.draws(iteration, micro_step))
+            callbacks.on_before_backward(state.model, loss.total, iteration)
+            (loss.total / micro_steps).backward()
         callbacks.on_after_backward(state.model, iteration)
-        state.count_samples(len(loss.latent), loss.condition.data_type)
+        samples = len(loss.latent) * self.processes.replicas
+        state.count_samples(samples, loss.condition.data_type)
+        loss = average_terms(loss, self.processes)
         if micro_step == micro_steps - 1:
             self.update()
             if state.iteration % self.config.checkpoint.save_iter == 0:
@@ -286,8 +309,10 @@ class Trainer:
         return compute_loss(model, model.tokenizer, model.conditioner, batch, draws, self.options)
 
     def draws(self, iteration: int, micro_step: int) -> Draws:
-        """The random draws of one micro-step."""
-        return Draws(self.state.seed, iteration, micro_step)
+        """The random draws of one micro-step; those of a validation are for a whole batch."""
+        batch_size = getattr(self.dataloader_train, "batch_size", None)
+        samples = None if iteration == VALIDATION else self.processes.samples(batch_size)
+        return Draws(self.state.seed, iteration, micro_step, samples)
 
     def save(self) -> None:
         """Save a checkpoint of this iteration."""
@@ -319,6 +344,15 @@ class Trainer:
         self.metrics.write(state.iteration, means)
         numbers = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
         logger.info(f"validation after iteration {state.iteration}: {numbers}")
+
+    def _stops(self) -> bool:
+        """Whether a signal asked any of the processes to stop."""
+        self.interrupt.signal = self.processes.largest(self.interrupt.signal or 0) or None
+        return self.interrupt.signal is not None
+
+    def _profile_folder(self) -> Path:
+        folder = self.job.profile
+        return folder if self.processes.is_main else folder / f"rank_{self.processes.rank}"
 
     def _takes_one_pass(self) -> bool:
         """Whether the optimizer updates the averages too; callbacks of others may need them apart.
@@ -354,6 +388,8 @@ class Trainer:
         return {"iteration": state.iteration, "exit_code": self.exit_code, "lines": lines}
 
     def _report(self, summary: dict[str, Any], finished_before: bool = False) -> int:
+        if not self.processes.is_main:
+            return summary["exit_code"]
         if finished_before:
             print(f"{self.job.path} is finished; its summary:")
         print("\n".join(summary["lines"]))
