@@ -203,7 +203,7 @@ def without(name: str) -> Any:
             r"shape \(2, 5, 12\), expected \[2, tokens, 13\].*crossattn_emb_channels",
         ),
     ],
-    ids=str,
+    ids=lambda value: "changed" if callable(value) else str(value),
 )
 def test_inputs_that_do_not_fit_are_refused(
     network: dict[str, Any], shape: tuple[int, ...], change: Any, message: str
