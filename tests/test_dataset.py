@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from transfer1.data.augment import Augmentation, View
 from transfer1.data.controls import Edge
 from transfer1.data.dataset import TransferDataset
+from transfer1.data.loader import build_dataloader
 from transfer1.data.sampler import SampleKey, StreamSampler
 from transfer1.data.video import Video
 
@@ -212,6 +214,19 @@ def test_batches_do_not_depend_on_workers(folder: Path, workers: int) -> None:
 
 
 # Bad input ----------------------------------------------------------------------------------------
+
+
+def test_workers_start_after_opencv_has_used_threads(folder: Path) -> None:
+    """A forked worker that touched OpenCV's pool of threads would wait for them forever."""
+    before = cv2.getNumThreads()
+    try:
+        cv2.setNumThreads(2)
+        cv2.bilateralFilter(np.zeros((512, 512, 3), np.uint8), 9, 75, 75)
+        loader = build_dataloader(build(folder), batch_size=1, num_workers=1)
+        loader.timeout = 60
+        assert len(next(iter(loader))["video"]) == 1
+    finally:
+        cv2.setNumThreads(before)
 
 
 def test_missing_and_empty_folders_are_named(tmp_path: Path) -> None:

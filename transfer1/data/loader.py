@@ -33,6 +33,12 @@ def build_dataloader(
         pin_memory: page-locked batches, where there is a GPU to copy to.
         drop_last: leave out a last, smaller batch.
     """
+    if num_workers:
+        import cv2  # slow to import, and whoever composes a configuration imports this module
+
+        # Workers share the cores. Said before they are forked: afterwards OpenCV would wait for
+        # threads that only the parent has.
+        cv2.setNumThreads(1)
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -42,12 +48,4 @@ def build_dataloader(
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory and torch.cuda.is_available(),
         drop_last=drop_last and stream,
-        worker_init_fn=use_one_thread,
     )
-
-
-def use_one_thread(worker: int) -> None:
-    """Keep OpenCV to one thread in a worker, as torch does with itself: workers share the cores."""
-    import cv2  # slow to import, and whoever composes a configuration imports this module
-
-    cv2.setNumThreads(1)

@@ -7,6 +7,7 @@ update computes is in `step.py`, what resume needs in `state.py`, the files are 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -388,14 +389,15 @@ class Trainer:
         return {"iteration": state.iteration, "exit_code": self.exit_code, "lines": lines}
 
     def _report(self, summary: dict[str, Any], finished_before: bool = False) -> int:
-        if not self.processes.is_main:
-            return summary["exit_code"]
-        if finished_before:
-            print(f"{self.job.path} is finished; its summary:")
-        print("\n".join(summary["lines"]))
-        if finished_before:
-            print(
-                f"to start afresh, delete {self.job.path} or give the run another job.name; "
-                f"to train on, set trainer.max_iter above {summary['iteration']}"
-            )
-        return summary["exit_code"]
+        if self.processes.is_main:
+            if finished_before:
+                print(f"{self.job.path} is finished; its summary:")
+            print("\n".join(summary["lines"]))
+            if finished_before:
+                print(
+                    f"to start afresh, delete {self.job.path} or give the run another job.name; "
+                    f"to train on, set trainer.max_iter above {summary['iteration']}"
+                )
+            sys.stdout.flush()
+        # Nobody leaves before that is printed: torchrun ends all when one exits with an error.
+        return self.processes.from_main(summary["exit_code"])
