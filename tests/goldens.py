@@ -111,8 +111,6 @@ class Run:
             return "multi-view networks are not part of the package"
         if (self.case, kind) in {("pos_embed", "pos_bf16"), ("edm", "scaling_bf16")}:
             return "coefficients and angles are computed in float32 here, whatever the precision"
-        if (self.case, kind) == ("train_step", "sample"):
-            return "sampling a whole clip is not built yet"
         return None
 
 
