@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import tempfile
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from transfer1.config import Config, instantiate
 from transfer1.diffusion.edm import NoiseDistribution
+from transfer1.sampling.clip import SampleOptions, sample_clip
 from transfer1.training.callback import HOOKS, Callback
 from transfer1.training.checkpoint import LATEST
 from transfer1.training.checkpoint_file import read_checkpoint
@@ -26,6 +28,7 @@ from transfer1.training.step import (
     compute_loss,
     encode_hint,
     normalize_pixels,
+    read_hints,
 )
 from transfer1.training.trainer import Trainer
 
@@ -120,6 +123,38 @@ def check_train_step(run: Run) -> None:
     assert gradients.keys() >= expected_gradients.keys()
     for name, expected in expected_gradients.items():
         compare(gradients[name], expected, f"gradient of {name}")
+
+
+@handles(("train_step", "sample"))
+def check_sample(run: Run) -> None:
+    """A whole clip from noise, with guidance, with and without a given frame."""
+    spec, inputs = run.spec, run.group("input")
+    config = compose_run(run, {})
+    model = instantiate(config.model_obj, config=config)
+    model.load_state_dict(shared_weights(run))
+    options = StepOptions.from_config(config.model, torch.float32)
+    batch = run.other(spec["batch"].split()[0]).group("input")
+    hints, _ = read_hints(batch, batch[options.hint.hint_key], model.tokenizer, options, draws=None)
+    compare(hints[0], inputs["latent_hint"], "hint")
+    extra = spec["extra"]
+    sampling = SampleOptions(
+        num_steps=spec["num_steps"],
+        guidance=spec["guidance"],
+        seed=spec["seed"],
+        augment_sigma=extra.get("condition_video_augment_sigma_in_inference", 0.001),
+    )
+    given = extra.get("num_condition_t", 0)
+    for batched in (True, False):
+        latent = sample_clip(
+            model,
+            batch,
+            options,
+            dataclasses.replace(sampling, batched=batched),
+            inputs["x0"].shape,
+            given_latent=inputs["x0"] if given else None,
+            num_given=given,
+        )
+        compare(latent, run.group("output")["samples"], f"samples, batched={batched}")
 
 
 @handles(("video_cond", "encode_latent"))

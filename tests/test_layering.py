@@ -13,7 +13,7 @@ OURS = ("kernels", "transfer1", "configs", "bench", "tests", "train", "sample")
 
 LEAVES = tuple(  # pure diffusion mathematics, below the model
     f"transfer1.diffusion.{name}"
-    for name in ("edm", "loss", "condition", "frame_condition", "denoise", "draws")
+    for name in ("edm", "loss", "condition", "frame_condition", "denoise", "draws", "solvers")
 )
 # Longest matching prefix decides; a module may always import from its own prefix.
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -28,6 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "transfer1.interop.keys": ("transfer1.config",),
     "transfer1.model": ("kernels", *LEAVES, "transfer1.config", "transfer1.interop.keys"),
     "transfer1.training": ("kernels", "transfer1"),
+    "transfer1.sampling": ("transfer1",),
     "transfer1": (),
     "transfer1.plan": ("transfer1",),
     "configs": ("configs", "kernels", "transfer1"),

@@ -1,6 +1,8 @@
-"""The 2ab sampler on problems with a known answer."""
+"""Every sampler on problems with a known answer."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -38,19 +40,41 @@ def test_path_to_a_single_clean_latent_is_straight() -> None:
     assert next(levels, None) is None, "one call per level"
 
 
-def test_error_falls_with_the_square_of_the_step() -> None:
+@pytest.mark.parametrize(
+    ("solver", "order"),
+    [
+        ("2ab", 2),
+        ("1euler", 1),
+        ("2mid", 2),
+        ("2mid_stable", 2),
+        ("2heun_edm", 2),
+        ("2heun_naive", 1),
+        ("3kutta_naive", 3),
+    ],
+)
+def test_error_falls_with_the_order_of_the_solver(solver: str, order: int) -> None:
     """Along the exact trajectory of Gaussian data x / sqrt(variance + sigma^2) is constant."""
     variance, sigma_min = 0.49, 0.1
     x_t = initial_noise(SHAPE, SIGMA_MAX, seed=1).double()
     at_end = x_t * ((variance + sigma_min**2) / (variance + SIGMA_MAX**2)) ** 0.5
     exact = gaussian(variance)(at_end, torch.full((2,), sigma_min, dtype=torch.float64))
     errors = []
-    for num_steps in (40, 80):
+    for steps in (120, 240):
         result = sample(
-            gaussian(variance), x_t, num_steps=num_steps, sigma_min=sigma_min, sigma_max=SIGMA_MAX
+            gaussian(variance),
+            x_t,
+            num_steps=steps if solver == "2ab" else steps * int(solver[0]),
+            sigma_min=sigma_min,
+            sigma_max=SIGMA_MAX,
+            solver=solver,
         )
         errors.append((result - exact).abs().max().item())
-    assert 3.5 < errors[0] / errors[1] < 4.5
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.25)
+
+
+def test_too_few_steps_for_a_solver() -> None:
+    with pytest.raises(ValueError, match="num_steps=2: solver=3kutta_naive needs at least 3"):
+        sample(gaussian(1.0), torch.zeros(SHAPE), num_steps=2, solver="3kutta_naive")
 
 
 def test_calls_use_the_grid_and_the_dtype_of_the_input() -> None:
@@ -81,7 +105,7 @@ def test_churn_adds_noise_to_every_step() -> None:
 
 
 def test_unknown_solver_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="solver=3heun: choose one of 2ab"):
+    with pytest.raises(ValueError, match="solver=3heun: choose one of 2ab, 1euler, .*3kutta_naive"):
         sample(gaussian(1.0), torch.zeros(SHAPE), solver="3heun")
 
 

@@ -1,0 +1,1 @@
+"""From a trained model and a control video to a new clip."""
