@@ -94,8 +94,8 @@ def forget_compiled() -> None:
     too often no longer at all.
     """
     torch.compiler.reset()
-    for planned in (batches.compiled, compiled_attention._compiled):
-        planned.cache_clear()
+    for kept in (batches.compiled, compiled_attention.planned):
+        kept.cache_clear()
 
 
 def machine(device: torch.device | str) -> dict[str, Any]:

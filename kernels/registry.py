@@ -142,6 +142,16 @@ class Ops(SimpleNamespace):
 
     __delattr__ = __setattr__  # type: ignore[assignment]
 
+    def replaced(self, **functions: Callable[..., Any]) -> Ops:
+        """The same ops and the same table, but for some functions: what wraps or stands for them.
+
+        Raises:
+            ValueError: an op that the table does not have.
+        """
+        if unknown := sorted(functions.keys() - self.table.keys()):
+            raise ValueError(f"unknown op {unknown[0]}; ops are {', '.join(sorted(self.table))}")
+        return Ops(**{**vars(self), **functions})
+
     def __deepcopy__(self, memo: dict[int, object]) -> Ops:
         return self
 

@@ -27,7 +27,7 @@ def by_products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run the steps as they are written, which takes no time to compile."""
-    monkeypatch.setattr(compiled, "_compiled", lambda function, *_: function)
+    monkeypatch.setattr(compiled, "planned", lambda function, *_: function)
     yield
 
 

@@ -43,6 +43,16 @@ class Layout:
     sequence: bool = False
     shards: int = 1
 
+    @property
+    def weight_ranks(self) -> int:
+        """Ranks over which weights are split, one way or the other."""
+        return self.tensor * self.shards
+
+    @property
+    def token_ranks(self) -> int:
+        """Ranks over which the tokens of a clip are split."""
+        return self.context * (self.tensor if self.sequence else 1)
+
     def __str__(self) -> str:
         parts = []
         if self.tensor > 1:
@@ -71,8 +81,7 @@ def rows(memory: Memory, layout: Layout) -> dict[str, float]:
     Two simplifications: weights that tensor parallelism replicates (norms, modulation, embeddings)
     are divided like the others, and activations are divided by `tensor` only with `sequence`.
     """
-    split = layout.tensor * layout.shards
-    tokens = layout.context * (layout.tensor if layout.sequence else 1)
+    split, tokens = layout.weight_ranks, layout.token_ranks
     gathered = 0 if layout.shards == 1 else 3 * memory.largest_block / layout.tensor
     working = max(
         memory.forward / tokens + 4 * memory.pixels,
@@ -155,12 +164,14 @@ def report(planner: Planner, gpus: int, machines: Sequence[tuple[int, float]]) -
     memory = planner.measure(())
     layout = current_layout(planner.config, gpus)
     yield f"{planner.config.job.name}: {layout}. Predicted, GB per GPU:"
-    yield f"  {'gradients (part of the working memory)':<46}{_gb(memory.gradients, layout)}"
-    yield f"  {'activations kept for backward (part of it)':<46}{_kept(memory, layout)}"
     counted = rows(memory, layout)
-    for name, size in counted.items():
+    for name, size in {
+        "gradients (part of the working memory)": memory.gradients / layout.weight_ranks,
+        "activations kept for backward (part of it)": memory.activations / layout.token_ranks,
+        **counted,
+        "peak": sum(counted.values()),
+    }.items():
         yield f"  {name:<46}{size / GB:8.2f}"
-    yield f"  {'peak':<46}{sum(counted.values()) / GB:8.2f}"
     yield ""
     for count, gigabytes in machines:
         found = planner.propose(count, gigabytes)
@@ -171,15 +182,6 @@ def report(planner: Planner, gpus: int, machines: Sequence[tuple[int, float]]) -
         words, proposed, peak = found
         yield f"{machine}: {proposed}, {peak / GB:.1f} GB per GPU (predicted)"
         yield f"    {' '.join(words)} {proposed.overrides()}"
-
-
-def _gb(size: float, layout: Layout) -> str:
-    return f"{size / (layout.tensor * layout.shards) / GB:8.2f}"
-
-
-def _kept(memory: Memory, layout: Layout) -> str:
-    tokens = layout.context * (layout.tensor if layout.sequence else 1)
-    return f"{memory.activations / tokens / GB:8.2f}"
 
 
 def main(arguments: Sequence[str]) -> int:

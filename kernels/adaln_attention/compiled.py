@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .attention_gradients import register_attention_gradients
 
 BLOCK = 2**20  # scores at a time: what is between two products stays in the caches
 LEAST = 2**18  # scores of a head; with fewer, the calls cost more than they save
@@ -55,7 +56,7 @@ def product_attention(q_BNLK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor) -> tuple[T
     """Attention [B, N, L, K] and the log-sum-exp of the scaled scores, float32 [B, N, L]."""
     B, N, L, K = q_BNLK.shape
     out_BNLK, lse_BNL = _results(q_BNLK)
-    step = _compiled(softmax, 2, 0, torch.get_num_threads())
+    step = planned(softmax, 2, 0, torch.get_num_threads())
     for b in range(B):
         for n in range(N):
             keys_KM, values_MK = k_BNMK[b, n].T, v_BNMK[b, n]
@@ -88,7 +89,7 @@ def product_attention_backward(
     )
     dq_BNLK = torch.zeros(B, N, L, K)
     dk_BNMK, dv_BNMK = torch.empty_like(k_BNMK), torch.empty_like(v_BNMK)
-    step = _compiled(softmax_gradient, 3, 1, torch.get_num_threads())
+    step = planned(softmax_gradient, 3, 1, torch.get_num_threads())
     for b in range(B):
         for n in range(N):
             q_LK, grad_LK = q_BNLK[b, n], grad_BNLK[b, n]
@@ -152,7 +153,7 @@ def _by_head(x_BLNK: Tensor) -> Tensor:
 
 
 @cache
-def _compiled(
+def planned(
     function: Callable[..., Any], matrices: int, vectors: int, threads: int
 ) -> Callable[..., Any]:
     """Compile for any size, after a first call on a sample: code is planned for its sizes."""
@@ -184,16 +185,4 @@ def _(
     return torch.empty_like(q_BNLK), torch.empty_like(k_BNMK), torch.empty_like(v_BNMK)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)  # nothing differentiates the log-sum-exp
-    ctx.save_for_backward(*inputs, *output)
-
-
-def _differentiate(ctx: Any, grad_BNLK: Tensor, _: None) -> tuple[Tensor, Tensor, Tensor]:
-    gradients: tuple[Tensor, Tensor, Tensor] = product_attention_backward(
-        grad_BNLK, *ctx.saved_tensors
-    )
-    return gradients
-
-
-product_attention.register_autograd(_differentiate, setup_context=_save)
+register_attention_gradients(product_attention, product_attention_backward)

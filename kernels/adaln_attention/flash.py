@@ -11,7 +11,6 @@ Letters: B batch, L queries, M keys, N heads, K head size.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ..launch import check_device, target_of
 from ..registry import FLOATS
+from .attention_gradients import register_attention_gradients
 from .flash_backward import attention_gradients
 from .flash_configs import HEAD_SIZES, configs_for
 from .flash_tiles import (
@@ -231,14 +231,4 @@ def _(
     return q, k, v
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)  # nothing differentiates the log-sum-exp: write no zeros
-    ctx.save_for_backward(*inputs, *output)
-
-
-def _differentiate(ctx: Any, grad_BLNK: Tensor, _: None) -> tuple[Tensor, Tensor, Tensor]:
-    gradients: tuple[Tensor, Tensor, Tensor] = attention_backward_op(grad_BLNK, *ctx.saved_tensors)
-    return gradients
-
-
-attention_op.register_autograd(_differentiate, setup_context=_save)
+register_attention_gradients(attention_op, attention_backward_op)

@@ -77,7 +77,7 @@ def _gathering(ops: Ops, frames: FrameShard) -> Ops:
             k_BLNK, v_BLNK = (GatherTokens.apply(x, frames.group) for x in (k_BLNK, v_BLNK))
         return attention(q_BLNK, k_BLNK, v_BLNK)
 
-    return Ops(**{**vars(ops), "attention": gathered})
+    return ops.replaced(attention=gathered)
 
 
 class FrameShard:

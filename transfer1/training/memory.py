@@ -18,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernels import Ops, select
+from kernels.adaln_attention.attention_gradients import register_attention_gradients
 from transfer1.config import Config, instantiate
 from transfer1.diffusion.condition import Condition
+from transfer1.model.block import TransformerBlock
 from transfer1.model.transfer import Transfer, build_transfer
 
 from .device import choose_dtype
@@ -132,24 +134,17 @@ def _(q_BLNK: Tensor, k_BMNK: Tensor, v_BMNK: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
+def _gradients(_: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.empty_like(x) for x in inputs[:3])
+    return q, k, v
 
 
-def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-    q, k, v, _out, _norm = ctx.saved_tensors
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-planned_attention.register_autograd(_gradients, setup_context=_keep)
+register_attention_gradients(planned_attention, _gradients)
 
 
 def planning_ops() -> Ops:
     """The references, but for attention: a table of all scores would be counted."""
-    reference = select("reference")
-    functions = {name: getattr(reference, name) for name in reference.table}
-    functions["attention"] = lambda *inputs: planned_attention(*inputs)[0]
-    return Ops(table=reference.table, **functions)
+    return select("reference").replaced(attention=lambda *inputs: planned_attention(*inputs)[0])
 
 
 def model_without_memory(config: Config, ops: Ops) -> Transfer:
@@ -202,7 +197,8 @@ def measure(config: Config) -> Memory:
         pixels=pixel_count(config),
         step=gradients + STEP_BYTES.get(backend, 0) * count,
         largest_block=max(
-            (_size(m.parameters()) for n, m in model.named_modules() if _is_block(n)), default=0
+            (_size(m.parameters()) for m in model.modules() if isinstance(m, TransformerBlock)),
+            default=0,
         ),
     )
 
@@ -254,11 +250,6 @@ def batch_size(config: Config) -> int:
     """Clips per process and micro-step."""
     loader = config.dataloader_train
     return int(loader.get("batch_size") or 1) if loader is not None else 1
-
-
-def _is_block(name: str) -> bool:
-    parent, _, last = name.rpartition(".")
-    return parent.endswith("blocks") and last.startswith("block")
 
 
 def _size(tensors: Any) -> int:

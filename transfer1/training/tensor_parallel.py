@@ -46,7 +46,7 @@ def _with_whole_norms(ops: Ops, group: dist.ProcessGroup) -> Ops:
         q_weight, k_weight = (SumGradients.apply(w, group) for w in (q_weight, k_weight))
         return qk_norm_rope(q, k, q_weight, k_weight, *rest)
 
-    return Ops(**{**vars(ops), "qk_norm_rope": whole})
+    return ops.replaced(qk_norm_rope=whole)
 
 
 class SumGradients(torch.autograd.Function):
